@@ -1,13 +1,14 @@
-"""Who is asking, and may they: for now, which paths lead where.
+"""Who is asking, and may they: client keys, and which paths lead where.
 
 Owns the one reading of a request path, which both decides and is sent on, so that no
-upstream can read the same path in another way. Refuses to know names, bodies, keys'
-storage and sockets.
+upstream can read the same path in another way. Refuses to know names, bodies, where keys
+are stored, and sockets.
 """
 
 import enum
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, unquote_to_bytes
 
@@ -50,6 +51,51 @@ class Endpoint:
     label: str
     api: Api = "openai"
     name: str | None = None
+
+
+class Keys:
+    """The keys that clients may present; only their digests are kept.
+
+    Looking a digest up takes no longer for a near miss than for a wild guess, so timing
+    tells nothing about a key.
+
+    Args:
+        keys: In clear; none means that everybody may come in.
+    """
+
+    __slots__ = ("_digests",)
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = frozenset(_digest(key.encode()) for key in keys)
+
+    def admit(self, authorization: str | None, x_api_key: str | None) -> None:
+        """Let a request in, or raise.
+
+        Args:
+            authorization: The field's value: `Bearer KEY`, as OpenAI's clients send it.
+            x_api_key: The field's value: the bare key, as Anthropic's clients send it.
+
+        Raises:
+            ProxyError: `invalid_api_key`.
+        """
+        if not self._digests:
+            return
+        presented = x_api_key
+        if authorization is not None:
+            scheme, _, presented = authorization.partition(" ")
+            if scheme.lower() != "bearer":
+                presented = x_api_key
+        if not presented:
+            raise ProxyError("invalid_api_key", f"the request has no API key; {_SEND_KEY}")
+        if _digest(presented.strip().encode("utf-8", "surrogateescape")) not in self._digests:
+            raise ProxyError("invalid_api_key", f"the request's API key is not known; {_SEND_KEY}")
+
+
+_SEND_KEY = "send `Authorization: Bearer KEY` or `x-api-key: KEY`, with a key from the operator"
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 _INFERENCE = (

@@ -33,6 +33,7 @@ CODES: dict[str, Code] = {
     # the request itself
     "invalid_json": Code(400, "client", "The body is not a JSON object."),
     "invalid_model": Code(400, "client", "`model` is present and is not a string."),
+    "invalid_api_key": Code(401, "client", "The request has no key, or one that is not known."),
     "invalid_path": Code(400, "client", "The path is ambiguous once decoded."),
     "bad_request": Code(400, "client", "The bytes are not a well-formed HTTP request."),
     "control_path": Code(
@@ -158,12 +159,14 @@ def rank_too_high(rank: int, limit: int, subject: str = "the adapter") -> ProxyE
 # From each API's reference: what the `type` of an error says about its status.
 _OPENAI = {
     **dict.fromkeys((400, 408, 413, 422, 431), "invalid_request_error"),
+    401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
 }
 _ANTHROPIC = {
     **dict.fromkeys((400, 405, 408, 422, 431), "invalid_request_error"),
+    401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",

@@ -8,7 +8,7 @@ means, where bytes come from or go to, and anything about a body beyond its top 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 
@@ -21,6 +21,8 @@ _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_model = msgspec.json.Decoder(str | None).decode
 _encode = msgspec.json.Encoder().encode
 
+_TEMPLATE = "chat_template"
+_ARGUMENTS = "chat_template_kwargs"
 _NULL = msgspec.Raw(b"null")
 _TRUE = msgspec.Raw(b"true")
 
@@ -38,11 +40,13 @@ class Peek:
         fields: The top level, name -> the value's bytes as the client wrote them. Of
             duplicate names the last value stays, which is the one that Python's json,
             and so vLLM, would read.
+        cut: Something of the body is no longer among the fields.
     """
 
     model: str | None
     stream: bool
     fields: dict[str, msgspec.Raw]
+    cut: bool = False
 
 
 def peek(body: bytes) -> Peek:
@@ -77,6 +81,38 @@ def peek(body: bytes) -> Peek:
     return Peek(model or None, fields.get("stream") == _TRUE, fields)
 
 
+def without_template(peeked: Peek) -> Peek:
+    """Drop a client's own chat template, at either place where vLLM would take it from.
+
+    A template is a program that runs inside the server; see the advisories behind vLLM's
+    --trust-request-chat-template.
+    """
+    fields = peeked.fields
+    arguments = fields.get(_ARGUMENTS)
+    inner = None if arguments is None else _object(arguments)
+    nested = inner is not None and _TEMPLATE in inner
+    if _TEMPLATE not in fields and not nested:
+        return peeked
+    kept = {name: value for name, value in fields.items() if name != _TEMPLATE}
+    if inner is not None and nested:
+        del inner[_TEMPLATE]
+        kept[_ARGUMENTS] = msgspec.Raw(_encode(inner))
+    return replace(peeked, fields=kept, cut=True)
+
+
+def unnamed(peeked: Peek, body: bytes) -> bytes:
+    """Return the body that goes upstream where no model is to be put in."""
+    return _encode(peeked.fields) if peeked.cut else body
+
+
+def _object(raw: msgspec.Raw) -> dict[str, msgspec.Raw] | None:
+    """A value's own fields; None for what is no object, and so holds no template either."""
+    try:
+        return _decode_object(raw)
+    except (ValueError, RecursionError):
+        return None
+
+
 def write(
     peeked: Peek,
     body: bytes,
@@ -101,7 +137,7 @@ def write(
     fields = peeked.fields
     added = {k: v for k, v in defaults.items() if fields.get(k, _NULL) == _NULL}
     added.update(overrides)
-    if not added and peeked.model == model and _names_model_once(fields, body):
+    if not added and not peeked.cut and peeked.model == model and _names_model_once(fields, body):
         return body
     written: dict[str, object] = {**fields} if "model" in fields else {"model": model, **fields}
     written.update(added)
@@ -306,6 +342,8 @@ _NOT_UPSTREAM = _HOP_BY_HOP | {
     b"x-api-key",
     b"api-key",
     b"cookie",
+    # taken off together with the coding
+    b"content-encoding",
     # the proxy writes its own
     b"host",
     b"content-length",

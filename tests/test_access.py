@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_proxy.access import Endpoint, Kind, canonical_path, endpoint
+from lora_proxy.access import Endpoint, Keys, Kind, canonical_path, endpoint
 from lora_proxy.errors import ProxyError
 
 # A busy machine is not a failure.
@@ -341,3 +341,55 @@ def test_what_is_sent_on_can_be_read_in_one_way_only(path: str) -> None:
     if found.kind is Kind.OTHER:
         assert sent.startswith("/v1/")
         assert "lora_adapter" not in decoded.lower()
+
+
+# --- client keys ------------------------------------------------------------------------
+
+
+KEYS = Keys(["k-one", "k-two"])
+
+
+@pytest.mark.parametrize(
+    ("authorization", "x_api_key"),
+    [
+        ("Bearer k-one", None),
+        ("bearer k-two", None),
+        ("BEARER  k-one ", None),
+        (None, "k-two"),
+        ("Basic dXNlcg==", "k-one"),
+    ],
+)
+def test_a_known_key_comes_in(authorization: str | None, x_api_key: str | None) -> None:
+    KEYS.admit(authorization, x_api_key)
+
+
+@pytest.mark.parametrize(
+    ("authorization", "x_api_key", "word"),
+    [
+        (None, None, "no API key"),
+        ("Bearer ", None, "no API key"),
+        ("Bearer k-on", None, "not known"),
+        ("Bearer k-one2", None, "not known"),
+        ("k-one", None, "no API key"),
+        ("Basic k-one", None, "no API key"),
+        (None, "K-ONE", "not known"),
+        ("Bearer wrong", "k-one", "not known"),
+        ("Bearer \udcff", None, "not known"),
+    ],
+)
+def test_any_other_is_turned_away(
+    authorization: str | None, x_api_key: str | None, word: str
+) -> None:
+    with pytest.raises(ProxyError, match=word) as caught:
+        KEYS.admit(authorization, x_api_key)
+    assert (caught.value.code, caught.value.status) == ("invalid_api_key", 401)
+    assert "k-one" not in caught.value.message
+
+
+def test_without_keys_everybody_comes_in() -> None:
+    Keys([]).admit(None, None)
+    Keys([]).admit("Bearer anything", None)
+
+
+def test_keys_are_not_kept_in_clear() -> None:
+    assert all(b"k-one" not in digest for digest in KEYS._digests)

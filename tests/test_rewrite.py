@@ -16,7 +16,9 @@ from lora_proxy.rewrite import (
     client_headers,
     peek,
     restore_text,
+    unnamed,
     upstream_headers,
+    without_template,
     write,
 )
 from lora_proxy.types import Headers
@@ -639,3 +641,52 @@ def test_a_field_that_would_break_its_line_goes_no_further(broken: bytes) -> Non
     up = upstream_headers(fields, host=b"h", request_id=b"r", authorization=None, length=None)
     assert up[:-3] == good
     assert client_headers(fields, request_id=b"r", keep_length=True)[:-1] == good
+
+
+# A client's chat template
+
+
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        (b'{"model":"a","chat_template":"{{x}}"}', b'{"model":"a"}'),
+        (
+            b'{"model":"a","chat_template_kwargs":{"chat_template":"{{x}}","k":1e2}}',
+            b'{"model":"a","chat_template_kwargs":{"k":1e2}}',
+        ),
+        (b'{"chat_template":1,"model":"a","chat_template":null}', b'{"model":"a"}'),
+        (b'{"model":"a","chat_templ\\u0061te":"{{x}}"}', b'{"model":"a"}'),
+        (
+            b'{"model":"a","chat_template_kwargs":{"\\u0063hat_template":"x"},"chat_template":""}',
+            b'{"model":"a","chat_template_kwargs":{}}',
+        ),
+    ],
+)
+def test_a_clients_chat_template_is_dropped(body: bytes, kept: bytes) -> None:
+    cut = without_template(peek(body))
+    assert write(cut, body, "a") == kept  # also where the model stays the same
+    assert unnamed(cut, body) == kept
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "a", "chat_template_kwargs": {"enable_thinking": false}}',
+        b'{"model": "a", "chat_template_kwargs": "chat_template"}',
+        b'{"model": "a", "chat_template_kwargs": [{"chat_template": 1}]}',
+        b'{"model": "a", "messages": [{"chat_template": 1}]}',
+    ],
+)
+def test_without_a_template_nothing_is_touched(body: bytes) -> None:
+    peeked = peek(body)
+    assert without_template(peeked) is peeked
+    assert write(peeked, body, "a") is body
+    assert unnamed(peeked, body) is body
+
+
+def test_an_operators_template_still_gets_in() -> None:
+    body = b'{"model":"a","chat_template":"theirs"}'
+    cut = without_template(peek(body))
+    assert write(cut, body, "b", {"chat_template": "ours"}) == (
+        b'{"model":"b","chat_template":"ours"}'
+    )
