@@ -110,7 +110,7 @@ class Catalog:
         2. It is both an adapter's and a base model's: name_conflict.
         3. `default_model` is set: what that stands for.
         4. It is missing or empty: the first base model.
-        5. It is unknown: model_not_found.
+        5. It is unknown: model_not_found; no_upstream while it may yet be a base model's.
 
         Raises:
             ProxyError: `name_conflict`; `model_not_found`, also where `default_model`
@@ -194,10 +194,12 @@ class Catalog:
         what = f"model {_shown(model)} is not known"
         if model == self._default:
             what = f"default_model {_shown(model)} is neither an adapter nor a base model"
-        if not self._bases:
-            what += "; no upstream has named its base model yet"
-            if model == self._default:  # a base model, then: there the proxy has to wait
-                return ProxyError("no_upstream", f"{what}; check that the upstreams run")
+        if not self._bases:  # it may be one: worth another try, unlike a 404
+            return ProxyError(
+                "no_upstream",
+                f"{what}; no upstream has named its base model yet: check that they run",
+                retry_after=1.0,
+            )
         near = ", ".join(map(_shown, self._nearest.to(model)))
         closest = f"; closest: {near}" if near else ""
         return ProxyError(

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from lora_proxy import __version__, config, sources
 from lora_proxy.errors import ProxyError
+from lora_proxy.settings import Settings
 
 _DESCRIPTION = """\
 A reverse proxy that puts LoRA adapter routing in front of vLLM: clients name an
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return serve(settings)
 
 
-def _check(settings: config.Settings) -> int:
+def _check(settings: Settings) -> int:
     """Says of each adapter what can be known without a server."""
     ranks = [upstream.max_lora_rank for upstream in settings.upstreams]
     # An adapter needs one server that takes it: the most generous one decides.

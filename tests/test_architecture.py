@@ -21,16 +21,16 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             "background",
             "body",
-            "config",
             "metrics",
             "server",
+            "settings",
             "sources",
             "store",
             "upstream",
             "vllm",
         }
     ),
-    frozenset({"member"}),
+    frozenset({"config", "member"}),
     frozenset({"fleet"}),
     frozenset({"admin", "doctor", "lane", "proxy"}),
     frozenset({"app"}),

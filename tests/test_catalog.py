@@ -73,9 +73,9 @@ def test_nothing_is_suggested_where_nothing_is_close() -> None:
     assert error.message == "model 'zzzzzzzz' is not known; every name: GET /v1/models"
 
 
-def test_without_any_base_model_an_unknown_name_says_that_it_might_be_one() -> None:
+def test_without_any_base_model_an_unknown_name_may_be_one_and_is_worth_another_try() -> None:
     error = refusal(Catalog.build([SQL]), "tiny")
-    assert error.code == "model_not_found"
+    assert (error.code, error.status) == ("no_upstream", 503)
     assert "no upstream has named its base model yet" in error.message
 
 
@@ -225,7 +225,8 @@ def test_hidden_names_are_never_suggested(slip: str) -> None:
 def test_among_10000_names_the_comparisons_are_few(
     slip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshot = Catalog.build(Adapter(f"customer-{n:05d}-sql", "/p") for n in range(10_000))
+    adapters = (Adapter(f"customer-{n:05d}-sql", "/p") for n in range(10_000))
+    snapshot = Catalog.build(adapters, [TINY])
     compared: list[str] = []
     likeness = catalog._likeness
 

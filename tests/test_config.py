@@ -8,7 +8,8 @@ import trustme
 from pydantic import SecretStr
 
 from lora_proxy import config
-from lora_proxy.config import ConfigError, Flags, Listen, Settings, TlsSettings, UpstreamSettings
+from lora_proxy.config import ConfigError, Flags
+from lora_proxy.settings import Limits, Listen, Settings, Timeouts, TlsSettings, UpstreamSettings
 from lora_proxy.types import Adapter
 
 SECRET = "hunter2-do-not-print"  # searched for in every fault
@@ -48,10 +49,8 @@ def test_the_least_that_is_needed_gives_the_documented_defaults(file: Path) -> N
         upstreams=(UpstreamSettings(name="gpu:8000", url="http://gpu:8000"),)
     )
     assert str(settings.listen) == "0.0.0.0:8080"
-    assert settings.limits == config.Limits(body=67_108_864, headers=65_536)
-    assert settings.timeouts == config.Timeouts(
-        connect=5, read=600, client=30, drain=30, keepalive=4
-    )
+    assert settings.limits == Limits(body=67_108_864, headers=65_536)
+    assert settings.timeouts == Timeouts(connect=5, read=600, client=30, drain=30, keepalive=4)
     assert (settings.load_timeout, settings.probe_interval) == (60, 5)
     assert (settings.log_level, settings.strict_paths) == ("info", False)
 
@@ -116,8 +115,8 @@ def test_every_key_arrives(file: Path, tmp_path: Path) -> None:
         strict_paths=True,
         load_timeout=1.5,
         probe_interval=2,
-        limits=config.Limits(body=1000, headers=2000),
-        timeouts=config.Timeouts(connect=1, read=2, client=3, drain=0, keepalive=0),
+        limits=Limits(body=1000, headers=2000),
+        timeouts=Timeouts(connect=1, read=2, client=3, drain=0, keepalive=0),
         log_level="debug",
     )
     assert SECRET not in repr(settings)
@@ -170,7 +169,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(file: Path) -> No
     environ = {"LORA_PROXY_LISTEN": "b:2", "LORA_PROXY_LIMITS__BODY": "7"}
     settings = load(file, text, environ, Flags(listen="c:3"))
     assert settings.listen == Listen("c", 3)
-    assert settings.limits == config.Limits(body=7, headers=5000)
+    assert settings.limits == Limits(body=7, headers=5000)
     assert settings.log_level == "error"
     assert load(file, text, environ).listen == Listen("b", 2)
 
