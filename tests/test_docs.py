@@ -10,16 +10,16 @@ import yaml
 
 from lora_proxy import config
 from lora_proxy.cli import build_parser
-from lora_proxy.config import Flags, Limits, Settings, Timeouts, TlsSettings, UpstreamSettings
+from lora_proxy.config import Flags
 from lora_proxy.errors import CODES
 from lora_proxy.metrics import LABELS
+from lora_proxy.settings import Limits, Listen, Settings, Timeouts, TlsSettings, UpstreamSettings
 from lora_proxy.types import Adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 EXAMPLE = ROOT / "deploy" / "lora-proxy.example.yaml"
-COMPOSE = ROOT / "deploy" / "docker-compose.yaml"
 
 SECTIONS: dict[str, type] = {
     "": Settings,
@@ -92,7 +92,7 @@ def test_the_documented_default_is_the_default(key: str) -> None:
             if field.default_factory is not dataclasses.MISSING
             else field.default
         )
-        if isinstance(default, config.Listen):
+        if isinstance(default, Listen):
             default = str(default)
         elif isinstance(default, tuple):
             default = list(default)
@@ -190,26 +190,3 @@ def test_what_the_example_calls_a_default_is_one() -> None:
     for name in (field.name for field in dataclasses.fields(Settings)):
         if name not in {"upstreams", "adapters", "default_model"}:
             assert getattr(settings, name) == getattr(least, name)
-
-
-def test_the_compose_file_starts_a_proxy_that_fits_its_vllm() -> None:
-    services = yaml.safe_load(COMPOSE.read_text())["services"]
-    proxy, vllm = services["lora-proxy"], services["vllm"]
-    args = build_parser().parse_args(proxy["command"])
-    assert args.command == "serve"
-    settings = config.load(
-        args.config,
-        environ=proxy["environment"],
-        flags=Flags(upstreams=tuple(args.upstream), adapters=tuple(args.adapter)),
-    )
-    (upstream,) = settings.upstreams
-    assert upstream.url == "http://vllm:8000"
-    options = dict(option.lstrip("-").partition("=")[::2] for option in vllm["command"])
-    assert "enable-lora" in options
-    assert options["max-cpu-loras"] == str(upstream.max_cpu_loras)
-    assert options["max-lora-rank"] == str(upstream.max_lora_rank)
-    assert options["served-model-name"] == upstream.base_model
-    assert vllm["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
-    assert "ports" not in vllm
-    grace = float(proxy["stop_grace_period"].rstrip("s"))
-    assert grace > settings.timeouts.drain
