@@ -86,7 +86,10 @@ def models() -> Models:
             pytest.fail(missing)
         pytest.skip(missing)
     folder = CACHE / "models"
-    subprocess.run([VLLM_PYTHON, ROOT / "demo" / "tiny_models.py", folder], check=True)
+    # `make test` keeps the source folder off this process's path; the script needs its own.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    command = [VLLM_PYTHON, ROOT / "demo" / "tiny_models.py", folder]
+    subprocess.run(command, check=True, env=environ)
     answers = json.loads((folder / "answers.json").read_text())
     return Models(folder / "base", folder / "adapters", answers.pop("prompt"), answers)
 
