@@ -14,16 +14,18 @@ from contextlib import suppress
 import aiohttp
 from aiohttp import web
 
-from lora_proxy import proxy, upstream
+from lora_proxy import proxy
 from lora_proxy.access import Keys
 from lora_proxy.background import Files, Tasks
 from lora_proxy.catalog import Catalog
+from lora_proxy.connection import Limits
 from lora_proxy.fleet import Fleet
 from lora_proxy.member import PROBE_TIMEOUT, Member, Shared
 from lora_proxy.metrics import Metrics
 from lora_proxy.server import Server
 from lora_proxy.settings import Settings, UpstreamSettings
 from lora_proxy.types import BaseModel
+from lora_proxy.upstream import Pool
 from lora_proxy.vllm import ControlClient
 
 log = logging.getLogger(__name__)
@@ -107,10 +109,10 @@ class App:
 
     def _member(self, one: UpstreamSettings, shared: Shared) -> Member:
         timeouts, context = self._settings.timeouts, _tls(one)
-        pool = upstream.Pool(
+        pool = Pool(
             one.name,
             one.url,
-            upstream.Limits(
+            Limits(
                 connect=timeouts.connect,
                 read=timeouts.read,
                 keepalive=timeouts.keepalive,

@@ -187,8 +187,9 @@ async def test_a_base_models_name_is_refused(server: Server) -> None:
 async def test_no_adapter_at_the_path(server: Server, adapter: str) -> None:
     answer = await server.load("x@1", adapter)
     assert answer.status == 404
-    path = server.path(adapter)
-    assert answer.error["message"] == f"Loading lora x@1 failed: No adapter found for {path}"
+    # vLLM masks paths below /home, /tmp, /opt and their like, but not others.
+    message = str(answer.error["message"]).replace(str(server.path(adapter)), "<path>")
+    assert message == "Loading lora x@1 failed: No adapter found for <path>"
     assert answer.error["type"] == "NotFoundError"
 
 
@@ -200,7 +201,7 @@ async def test_no_adapter_at_the_path(server: Server, adapter: str) -> None:
         ("modules_to_save", "vLLM only supports modules_to_save being either None or"),
         ("corrupt", "Error while deserializing header"),
         ("truncated", "Error while deserializing header: incomplete metadata"),
-        ("no_weights", "no_weights doesn't contain tensors"),
+        ("no_weights", " doesn't contain tensors"),
         ("wrong_shape", "must match the size of tensor b"),
     ],
 )

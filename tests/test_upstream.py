@@ -24,10 +24,11 @@ import trustme
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_proxy import upstream
+from lora_proxy import connection, upstream
+from lora_proxy.connection import Connection, Head, Limits
 from lora_proxy.errors import ProxyError
 from lora_proxy.types import Headers
-from lora_proxy.upstream import BUFFER_HIGH, Connection, Head, Limits, Pool, Response, request_head
+from lora_proxy.upstream import BUFFER_HIGH, Pool, Response, request_head
 
 LOOPS = ("asyncio", "uvloop")  # conftest.py runs every async test of this module on both
 
@@ -642,7 +643,7 @@ async def test_a_stale_connection_is_not_replaced_twice(serve: Serve) -> None:
 async def test_a_connection_that_dies_late_was_not_stale(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upstream, "STALE_WINDOW", 0)
+    monkeypatch.setattr(connection, "STALE_WINDOW", 0)
     server = await serve(second_request(closing_on_request), answering(YO))
     pool = server.pool()
     assert await fetch(pool) == b"hi"
