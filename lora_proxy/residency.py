@@ -21,7 +21,7 @@ A served name is in one of six states, and which dict holds it says which:
     unloading  _unloading       its `Unload` is under way
     failed     _failures        absent, and why the last load went wrong
 
-    absent ─acquire→ queued ─slot→ loading ─loaded→ resident ─evicted, retired→ unloading
+    absent ─acquire→ queued ─slot→ loading ─loaded→ resident ─evicted, retired, idle→ unloading
                                       └─load_failed→ failed      resident ─lost→ absent
 
 Only one pair overlaps: a name asked for while its own unload is under way is queued and
@@ -32,7 +32,8 @@ Slots. Loading, resident and unloading names occupy one each; a `Load` is only s
 that is within the capacity. A full server evicts the adapter that has been idle longest,
 and the slot goes to the queue's head once the unload has ended. Where nothing is idle the
 queue waits, first come first served, for a release. What other clients of the server have
-loaded can put it over capacity; then the surplus goes when a slot is next needed.
+loaded can put it over capacity, and so can a load beside the predecessor that it takes over
+from; then the surplus goes when a slot is next needed. A pinned name is never idle.
 
 Order of events. The server's list of adapters takes a while to arrive, so it can be older
 than what happened here meanwhile. Every change of a name's presence therefore takes the
@@ -78,12 +79,16 @@ class Load:
     served: str
 
 
+Reason = Literal["evicted", "retired", "idle"]
+"""Why something is unloaded: for its slot, for good, or because nobody asked for long."""
+
+
 @dataclass(frozen=True, slots=True)
 class Unload:
     """Unload this module, whatever name it was served under; answer with `unloaded`."""
 
     module: str
-    reason: Literal["evicted", "retired"]
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,7 @@ class _Resident:
     module: str
     generation: int
     leases: int = 0
+    age: int = 0  # sweeps that it has been idle for
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +145,7 @@ class Slots:
         "_leases",
         "_limit",
         "_loading",
+        "_pinned",
         "_queue",
         "_resident",
         "_retired",
@@ -148,33 +155,34 @@ class Slots:
     )
 
     def __init__(self, capacity: int | None) -> None:
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity must be at least 1, not {capacity}")
-        self.capacity = capacity
-        self._limit = sys.maxsize if capacity is None else capacity
         self._queue: dict[str, _Waiters] = {}
         self._loading: dict[str, _Waiters] = {}
         self._resident: dict[str, _Resident] = {}
         self._idle: dict[str, _Resident] = {}  # longest idle first
         self._unloading: dict[str, str] = {}  # module -> served name
         self._failures: dict[str, _Failure] = {}
+        self._pinned: set[str] = set()  # never idle, so never evicted
         self._retired: set[str] = set()  # queued, loading or resident, and to go after use
         self._leases: dict[Ticket, _Resident] = {}
         self._waiting: dict[Ticket, str] = {}  # ticket -> served name, queued or loading
         self._changes = 0
         self._departed: dict[str, int] = {}  # served name -> the change that made it absent
         self._horizon = 0  # the newest change that `_departed` no longer remembers
+        self.resize(capacity)
 
     # -- requests ---------------------------------------------------------------------
 
-    def acquire(self, ticket: Ticket, served: str, now: float) -> list[Command]:
+    def acquire(
+        self, ticket: Ticket, served: str, now: float, *, beside: bool = False
+    ) -> list[Command]:
         """Ask for a lease on `served`; its Grant or Refuse comes now or from a later call.
 
         1. It is resident: grant.
         2. It is loading: wait for that load.
         3. It is queued: wait with the others.
         4. Its last load failed, for good or until later than `now`: refuse.
-        5. Otherwise queue it, and then
+        5. It is to be loaded beside its predecessor: load, over the capacity if need be.
+        6. Otherwise queue it, and then
            a. a slot is free: load;
            b. an adapter is idle: unload that one first;
            c. all are in use: wait for a release.
@@ -185,6 +193,8 @@ class Slots:
             ticket: New, or released since it was last used.
             served: The served name.
             now: Seconds on the clock that `load_failed`'s `retry_at` is read from.
+            beside: It takes over from a name that is resident here and will be retired.
+                Waiting for that one's slot would be waiting for ever.
 
         Raises:
             ValueError: If `ticket` already holds a lease or waits for one.
@@ -207,6 +217,10 @@ class Slots:
             # Raised again and again, one exception would collect every raiser's frames.
             return [Refuse(ticket, error.with_traceback(None))]
         # 5.
+        if beside and served not in self._unloading.values():
+            self._wait(ticket, served, self._loading.setdefault(served, {}))
+            return [Load(served)]
+        # 6.
         self._wait(ticket, served, self._queue.setdefault(served, {}))
         return self._schedule()
 
@@ -318,12 +332,47 @@ class Slots:
 
     def retire(self, served: str) -> list[Command]:
         """Unload `served` as soon as nobody uses it; who waits for it still gets it."""
-        idle = self._idle.get(served)
-        if idle is not None:
-            return [*self._unload(idle, "retired"), *self._schedule()]
+        self._pinned.discard(served)
+        resident = self._resident.get(served)
+        if resident is not None and not resident.leases:
+            return [*self._unload(resident, "retired"), *self._schedule()]
         if served in self._resident or served in self._loading or served in self._queue:
             self._retired.add(served)
         return []
+
+    def pin(self, served: str) -> None:
+        """Never evict `served`, nor let it go for being idle; it need not be resident yet."""
+        self._pinned.add(served)
+        self._idle.pop(served, None)
+
+    def unpin(self, served: str) -> list[Command]:
+        """Treat `served` as any other again."""
+        self._pinned.discard(served)
+        resident = self._resident.get(served)
+        if resident is None or resident.leases:
+            return []
+        return [*self._rest(resident), *self._schedule()]
+
+    def sweep(self, age: int) -> list[Command]:
+        """Unload what nobody has used for `age` sweeps in full; to be called regularly."""
+        commands: list[Command] = []
+        for resident in tuple(self._idle.values()):
+            resident.age += 1
+            if resident.age > age:
+                commands += self._unload(resident, "idle")
+        return commands + self._schedule()
+
+    def resize(self, capacity: int | None) -> list[Command]:
+        """Change the capacity; what is over it goes when a slot is next needed.
+
+        Raises:
+            ValueError: If `capacity` is below one.
+        """
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity must be at least 1, not {capacity}")
+        self.capacity = capacity
+        self._limit = sys.maxsize if capacity is None else capacity
+        return self._schedule()
 
     def forgive(self, served: str) -> None:
         """Forget that `served` failed: the next `acquire` tries again."""
@@ -359,7 +408,7 @@ class Slots:
     @property
     def busy(self) -> int:
         """How many residents have a lease."""
-        return len(self._resident) - len(self._idle)
+        return sum(1 for resident in self._resident.values() if resident.leases)
 
     @property
     def waiting(self) -> int:
@@ -409,7 +458,7 @@ class Slots:
             self._loading[served] = self._queue.pop(served)
         return [Load(served) for served in chosen]
 
-    def _unload(self, resident: _Resident, reason: Literal["evicted", "retired"]) -> list[Unload]:
+    def _unload(self, resident: _Resident, reason: Reason) -> list[Unload]:
         """Take an idle adapter's slot away.
 
         Two served names can share one module, where two adapters were adopted from one
@@ -468,7 +517,9 @@ class Slots:
         """Let a resident that nobody uses be idle, or go if it is retired."""
         if resident.served in self._retired:
             return [*self._unload(resident, "retired")]
-        self._idle[resident.served] = resident
+        if resident.served not in self._pinned:
+            resident.age = 0
+            self._idle[resident.served] = resident
         return []
 
     def _forget(self, resident: _Resident) -> None:

@@ -651,6 +651,99 @@ def test_a_retired_adapters_slot_goes_to_the_queue() -> None:
     assert slots.unloaded("sql") == [Load("chat")]
 
 
+# -- pins, sweeps, successors, sizes ------------------------------------------------------
+
+
+def test_a_pinned_adapter_is_not_evicted_and_an_unpinned_one_is() -> None:
+    slots = holding(2, "a", "b")
+    slots.pin("a")
+    assert slots.acquire(1, "c", 0) == [Unload("b", "evicted")]
+    assert slots.unloaded("b") == [Load("c")]
+    slots.loaded("c")
+    assert slots.acquire(2, "d", 0) == []  # c is in use, a is pinned
+    assert slots.unpin("a") == [Unload("a", "evicted")]
+    assert slots.unloaded("a") == [Load("d")]
+
+
+def test_a_pin_may_come_before_the_adapter_and_outlives_its_loss() -> None:
+    slots = Slots(1)
+    slots.pin("a")
+    slots.acquire(1, "a", 0)
+    slots.loaded("a")
+    slots.release(1)
+    assert slots.acquire(2, "b", 0) == []
+    assert slots.reported({}, slots.marker()) == [Load("b")]
+    slots.loaded("b")
+    assert slots.acquire(3, "a", 0) == []
+    assert slots.release(2) == [Unload("b", "evicted")]
+    assert slots.unloaded("b") == [Load("a")]
+    slots.loaded("a")
+    slots.release(3)
+    assert slots.acquire(4, "b", 0) == []
+
+
+def test_a_pinned_adapter_in_use_stays_when_it_is_unpinned() -> None:
+    slots = holding(1, "a")
+    slots.pin("a")
+    slots.acquire(1, "a", 0)
+    assert slots.unpin("a") == []
+    assert slots.acquire(2, "b", 0) == []
+    assert slots.release(1) == [Unload("a", "evicted")]
+
+
+def test_retiring_a_pinned_adapter_unpins_it() -> None:
+    slots = holding(None, "a")
+    slots.pin("a")
+    assert slots.retire("a") == [Unload("a", "retired")]
+
+
+def test_a_sweep_unloads_what_was_idle_all_the_time() -> None:
+    slots = holding(None, "a", "b", "pinned")
+    slots.pin("pinned")
+    assert slots.sweep(2) == []
+    slots.acquire(1, "b", 0)
+    slots.release(1)
+    assert slots.sweep(2) == []
+    assert slots.sweep(2) == [Unload("a", "idle")]
+    slots.acquire(2, "b", 0)
+    assert [slots.sweep(1) for _ in range(5)] == [[]] * 5
+    assert slots.resident("pinned")
+
+
+def test_a_successor_is_loaded_over_the_capacity_and_takes_the_slot() -> None:
+    slots = holding(1, "a@1")
+    slots.acquire("old", "a@1", 0)
+    assert slots.acquire(1, "a@2", 0, beside=True) == [Load("a@2")]
+    assert slots.acquire(2, "a@2", 0, beside=True) == []  # one load, as ever
+    assert [grant.ticket for grant in slots.loaded("a@2") if isinstance(grant, Grant)] == [1, 2]
+    assert slots.retire("a@1") == []
+    assert slots.release("old") == [Unload("a@1", "retired")]
+    assert slots.unloaded("a@1") == []
+    assert slots.acquire(3, "b", 0) == []  # full again: what was borrowed is given back
+
+
+def test_a_successor_that_is_on_its_way_out_waits_for_that() -> None:
+    slots = holding(None, "a")
+    assert slots.retire("a") == [Unload("a", "retired")]
+    assert slots.acquire(1, "a", 0, beside=True) == []
+    assert slots.unloaded("a") == [Load("a")]
+
+
+def test_more_capacity_starts_what_is_queued_and_less_evicts_when_needed() -> None:
+    slots = holding(1, "a")
+    slots.acquire(1, "a", 0)
+    assert slots.acquire(2, "b", 0) == []
+    assert slots.resize(2) == [Load("b")]
+    slots.loaded("b")
+    slots.release(1)
+    assert slots.resize(1) == []
+    assert slots.acquire(3, "c", 0) == [Unload("a", "evicted")]
+    assert slots.unloaded("a") == []  # still over: b is in use
+    slots.release(2)
+    with pytest.raises(ValueError, match="at least 1"):
+        slots.resize(0)
+
+
 # -- random schedules ---------------------------------------------------------------------
 
 NAMES = ("a", "b", "c", "d")
@@ -703,6 +796,7 @@ class Schedules(RuleBasedStateMachine):
         self.unloads: list[str] = []
         self.failures: dict[str, tuple[ProxyError, float | None]] = {}
         self.retired: set[str] = set()
+        self.pinned: set[str] = set()
         self.asked: list[tuple[int, dict[str, str]]] = []
 
     # What the slots command.
@@ -741,6 +835,7 @@ class Schedules(RuleBasedStateMachine):
         if self.alone:
             used = {h.weights for h in self.holders.values() if h.module == module}
             assert self.server.modules.get(module, 0) not in used, "evicted while in use"
+        assert module.removeprefix("static-") not in self.pinned, "unloaded though pinned"
         self.unloads.append(module)
 
     def within_capacity(self) -> None:
@@ -873,7 +968,21 @@ class Schedules(RuleBasedStateMachine):
     @rule(served=st.sampled_from(NAMES))
     def retire(self, served: str) -> None:
         self.retired.add(served)
+        self.pinned.discard(served)
         self.obey(self.slots.retire(served))
+
+    @rule(served=st.sampled_from(NAMES), pin=st.booleans())
+    def pin(self, served: str, pin: bool) -> None:  # noqa: FBT001  # drawn by name
+        if pin:
+            self.pinned.add(served)
+            self.slots.pin(served)
+        else:
+            self.pinned.discard(served)
+            self.obey(self.slots.unpin(served))
+
+    @rule(age=st.sampled_from([0, 1]))
+    def sweep(self, age: int) -> None:
+        self.obey(self.slots.sweep(age))
 
     @rule(served=st.sampled_from(NAMES))
     def forgive(self, served: str) -> None:
@@ -896,8 +1005,8 @@ class Schedules(RuleBasedStateMachine):
                 if current is not None and holder.generation == current.generation
             ]
             assert slots.leases(served) == len(using)
-            assert (served in slots._idle) == (slots.resident(served) and not using)
-        assert slots.busy == len(slots.residents) - len(slots._idle)
+            evictable = slots.resident(served) and not using and served not in self.pinned
+            assert (served in slots._idle) == evictable
 
     @invariant()
     def nobody_waits_without_a_reason(self) -> None:
@@ -914,6 +1023,8 @@ class Schedules(RuleBasedStateMachine):
         if not hasattr(self, "slots"):
             return
         pick = Random(0)
+        for served in tuple(self.pinned):
+            self.pin(served, pin=False)
         while self.loads or self.unloads or self.holders:
             if self.loads:
                 self.load_works(pick, adopt=False)
