@@ -1,11 +1,13 @@
-"""Public name -> adapter or base model: one immutable snapshot, swapped whole.
+"""Public name -> adapter, base model or route: one immutable snapshot, swapped whole.
 
-Owns what a client's `model` means and what `GET /v1/models` shows. Refuses to know which
-upstream holds what: an adapter is the same whether or not anybody has loaded it yet. Base
-models are part of a snapshot because they are names too, but they are learned from the
-upstreams, later than the adapters and again and again: `with_bases` makes the next snapshot.
+Owns what a client's `model` means, where a route leads, and what `GET /v1/models` shows.
+Refuses to know which upstream holds what: an adapter is the same whether or not anybody has
+loaded it yet. Chance comes from outside, as a number. Base models are part of a snapshot
+because they are names too, but they are learned from the upstreams, later than the adapters
+and again and again: `with_bases` makes the next snapshot.
 """
 
+import hashlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,9 +15,13 @@ from dataclasses import replace
 from heapq import nsmallest
 
 from lora_proxy.errors import ProxyError
-from lora_proxy.types import Adapter, BaseModel
+from lora_proxy.types import Adapter, BaseModel, Route
 
-Target = Adapter | BaseModel
+Servable = Adapter | BaseModel
+"""What an upstream can be asked for."""
+
+Target = Servable | Route
+"""What a public name stands for."""
 
 NEIGHBOURS = 8
 """How many names on each side, in each of two orders, a misspelt one is compared with."""
@@ -32,23 +38,35 @@ OWNER = "lora-proxy"
 class Catalog:
     """Every public name and what it stands for. Immutable; made by `build`.
 
-    A name that is an adapter's and a base model's at once resolves to neither, and is not
-    listed: which of the two a client meant cannot be told.
+    A name that is an adapter's or a route's and a base model's at once resolves to neither,
+    and is not listed: which of the two a client meant cannot be told.
     """
 
-    __slots__ = ("_adapters", "_bases", "_conflicts", "_default", "_named", "_nearest", "_targets")
+    __slots__ = (
+        "_adapters",
+        "_bases",
+        "_by_name",
+        "_conflicts",
+        "_default",
+        "_named",
+        "_nearest",
+        "_routes",
+        "_targets",
+    )
 
     def __init__(
         self,
         adapters: tuple[Adapter, ...],
-        named: Mapping[str, Adapter],
+        routes: tuple[Route, ...],
         bases: Mapping[str, BaseModel],
         default_model: str | None,
     ) -> None:
+        named = _named(adapters, routes)
         self._adapters = adapters
-        self._named = named  # adapter names and aliases, shared between snapshots
+        self._routes = routes
         self._bases = bases
         self._default = default_model
+        self._by_name = {adapter.name: adapter for adapter in adapters}
         self._conflicts = {name: _conflict(name, named[name]) for name in bases if name in named}
         # None is never a key; allowing it makes a missing `model` the same look-up.
         self._targets: dict[str | None, Target] = {}
@@ -66,6 +84,7 @@ class Catalog:
         adapters: Iterable[Adapter],
         bases: Iterable[BaseModel] = (),
         default_model: str | None = None,
+        routes: Iterable[Route] = (),
     ) -> "Catalog":
         """Make a snapshot.
 
@@ -73,25 +92,27 @@ class Catalog:
             adapters: In the order in which they are to be listed.
             bases: As the upstreams report them; the same one may come from several.
             default_model: The public name that stands for every missing or unknown one.
+            routes: In the order in which they are to be listed.
 
         Raises:
-            ValueError: If two adapters claim one public name.
+            ValueError: If two adapters, or an adapter and a route, claim one public name.
         """
-        adapters = tuple(adapters)
-        named: dict[str, Adapter] = {}
-        for adapter in adapters:
-            for name in (adapter.name, *adapter.aliases):
-                if name in named:
-                    raise ValueError(f"two adapters claim the public name {_shown(name)}")
-                named[name] = adapter
-        return cls(adapters, named, _merged(bases), default_model)
+        return cls(tuple(adapters), tuple(routes), _merged(bases), default_model)
 
     def with_bases(self, bases: Iterable[BaseModel]) -> "Catalog":
         """Return the snapshot with these base models; itself if nothing changes."""
         merged = _merged(bases)
         if merged == self._bases:
             return self
-        return Catalog(self._adapters, self._named, merged, self._default)
+        return Catalog(self._adapters, self._routes, merged, self._default)
+
+    def with_adapters(self, adapters: Iterable[Adapter]) -> "Catalog":
+        """Return the snapshot with these adapters in place of the present ones.
+
+        Raises:
+            ValueError: As `build`.
+        """
+        return Catalog(tuple(adapters), self._routes, self._bases, self._default)
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -103,11 +124,15 @@ class Catalog:
         """Every base model known, one for each name."""
         return tuple(self._bases.values())
 
+    def adapter(self, name: str) -> Adapter | None:
+        """Return the adapter of exactly this name, whatever else has it; an alias is none."""
+        return self._by_name.get(name)
+
     def resolve(self, model: str | None) -> Target:
         """Return what a request's `model` stands for.
 
-        1. It is an adapter's name, an alias or a base model's name: that.
-        2. It is both an adapter's and a base model's: name_conflict.
+        1. It is an adapter's name, an alias, a route's or a base model's name: that.
+        2. It is one of these and a base model's at once: name_conflict.
         3. `default_model` is set: what that stands for.
         4. It is missing or empty: the first base model.
         5. It is unknown: model_not_found; no_upstream while it may yet be a base model's.
@@ -133,12 +158,67 @@ class Catalog:
         # 5.
         raise self.unknown(model)
 
+    def pick(self, route: Route, key: bytes | None, draw: float) -> list[Servable]:
+        """Return what to try for one request to a route, in this order.
+
+        The split's choice comes first, then the fallbacks, each once. A name that stands
+        for nothing now is left out: a base model's, while no upstream serves it.
+
+        Args:
+            route: One that `resolve` returned.
+            key: What is to keep its choice, such as a user's name; None for no such thing.
+                Alike in every process, and with other weights only keys at the borders of
+                the intervals move.
+            draw: Chance, from 0 to less than 1; decides where there is no key.
+
+        Raises:
+            ProxyError: `name_conflict` or `no_upstream`, if nothing is left to try.
+        """
+        names = [_chosen(route.split, draw if key is None else _point(route, key))]
+        names += route.fallback
+        found: dict[str, Servable] = {}
+        for name in names:
+            target = self._servable(name)
+            if target is not None:
+                found.setdefault(target.name, target)
+        if not found:
+            raise self._leads_nowhere(route, names)
+        return list(found.values())
+
+    def mirror_of(self, route: Route, draw: float) -> Servable | None:
+        """Return what gets a copy of one request to a route; None if nothing does.
+
+        Args:
+            route: One that `resolve` returned.
+            draw: Chance, from 0 to less than 1; another one than `pick` has.
+        """
+        if route.mirror is None or draw >= route.sample:
+            return None
+        return self._servable(route.mirror)
+
+    def _servable(self, name: str) -> Servable | None:
+        """Return what a name in a route stands for: no other route, so that none is circular."""
+        target = self._targets.get(name)
+        return None if isinstance(target, Route) else target
+
+    def _leads_nowhere(self, route: Route, names: list[str]) -> ProxyError:
+        for name in names:
+            if name in self._conflicts:
+                return ProxyError("name_conflict", self._conflicts[name], param="model")
+        what = ", ".join(map(_shown, names))
+        return ProxyError(
+            "no_upstream",
+            f"route {_shown(route.name)} leads to {what}, which no upstream serves at the "
+            "moment; check that they run, or give the route a fallback",
+            retry_after=1.0,
+        )
+
     def conflicts(self) -> list[str]:
-        """Return one line for every name that is an adapter's and a base model's at once."""
+        """Return one line for every name that has one meaning here and is a base model's, too."""
         return list(self._conflicts.values())
 
     def listing(self, created: int) -> list[dict[str, object]]:
-        """Return the entries of `GET /v1/models`: base models, adapters, aliases.
+        """Return the entries of `GET /v1/models`: base models, adapters, aliases, routes.
 
         Base models come first, as with vLLM: clients that take the first entry for the
         server's model go on working.
@@ -148,6 +228,7 @@ class Catalog:
         """
         shown = [adapter for adapter in self._adapters if not adapter.hidden]
         names = [*self._bases, *(name for a in shown for name in (a.name, *a.aliases))]
+        names += [route.name for route in self._routes if not route.hidden]
         return [
             self._entry(name, self._targets[name], created)
             for name in names
@@ -155,7 +236,7 @@ class Catalog:
         ]
 
     def entry(self, name: str, created: int) -> dict[str, object] | None:
-        """Return the entry of one public name, of a hidden adapter too; None if unknown."""
+        """Return the entry of one public name, of a hidden one too; None if unknown."""
         target = self._targets.get(name)
         return None if target is None else self._entry(name, target, created)
 
@@ -169,15 +250,18 @@ class Catalog:
             "root": target.name,
             "parent": None,
         }
-        base = target if isinstance(target, BaseModel) else self._sole_base()
+        base = target if isinstance(target, BaseModel) else self._base_under(target)
         if base is not None and base is not target:
             entry["parent"] = base.name
         if base is not None and base.max_model_len is not None:
             entry["max_model_len"] = base.max_model_len
         return entry
 
-    def _sole_base(self) -> BaseModel | None:
-        """Return the base model under every adapter, where there is no choice."""
+    def _base_under(self, target: Adapter | Route) -> BaseModel | None:
+        """Return the base model that is declared, or the only one there is."""
+        declared = target.base if isinstance(target, Adapter) else None
+        if declared is not None and declared in self._bases:
+            return self._bases[declared]
         return next(iter(self._bases.values())) if len(self._bases) == 1 else None
 
     def _first_base(self) -> BaseModel:
@@ -193,7 +277,7 @@ class Catalog:
         """The error for a name that stands for nothing; it names the closest that do."""
         what = f"model {_shown(model)} is not known"
         if model == self._default:
-            what = f"default_model {_shown(model)} is neither an adapter nor a base model"
+            what = f"default_model {_shown(model)} is no adapter, route or base model"
         if not self._bases:  # it may be one: worth another try, unlike a 404
             return ProxyError(
                 "no_upstream",
@@ -269,15 +353,54 @@ def _merged(bases: Iterable[BaseModel]) -> dict[str, BaseModel]:
     return merged
 
 
-def _conflict(name: str, adapter: Adapter) -> str:
-    if name == adapter.name:
+def _named(adapters: Iterable[Adapter], routes: Iterable[Route]) -> dict[str, Adapter | Route]:
+    """Return what every public name but the base models' stands for.
+
+    Raises:
+        ValueError: If a name stands for two things.
+    """
+    claims: list[tuple[str, Adapter | Route]] = [
+        (name, adapter) for adapter in adapters for name in (adapter.name, *adapter.aliases)
+    ]
+    claims += [(route.name, route) for route in routes]
+    named: dict[str, Adapter | Route] = {}
+    for name, target in claims:
+        if name in named:
+            raise ValueError(f"two adapters or routes claim the public name {_shown(name)}")
+        named[name] = target
+    return named
+
+
+def _conflict(name: str, target: Adapter | Route) -> str:
+    if isinstance(target, Route):
+        what, fix = f"route {_shown(name)} has", "rename the route"
+    elif name == target.name:
         what, fix = f"adapter {_shown(name)} has", "rename the adapter"
     else:
-        what, fix = f"adapter {_shown(adapter.name)} has, as an alias,", "remove the alias"
+        what, fix = f"adapter {_shown(target.name)} has, as an alias,", "remove the alias"
     return (
         f"{what} the name of base model {_shown(name)}; {fix}, "
         "or start vLLM with another --served-model-name"
     )
+
+
+def _chosen(split: tuple[tuple[str, float], ...], point: float) -> str:
+    """Return the name on whose interval of [0, 1) a point lies, the intervals in order."""
+    at = sum(weight for _, weight in split) * point
+    end = 0.0
+    for name, weight in split:
+        end += weight
+        if at < end:
+            return name
+    return split[-1][0]  # rounding only
+
+
+def _point(route: Route, key: bytes) -> float:
+    """Return where in [0, 1) a key lies, alike in every process; other routes differ."""
+    # The name's length keeps two pairs from making the same bytes.
+    name = route.name.encode()
+    digest = hashlib.blake2b(b"%d:%b%b" % (len(name), name, key), digest_size=8).digest()
+    return (int.from_bytes(digest) >> 11) / (1 << 53)  # as many bits as a float has: never 1.0
 
 
 def _shown(name: str) -> str:

@@ -10,7 +10,8 @@ How a configuration is read, in this order:
 2. Environment variables, then flags, are put into the tree over what the file says.
 3. The whole tree is judged: keys that do not exist, then names, paths and values that only
    make sense together. These checks look at the raw tree, so that a wrong type in one
-   place does not hide a wrong name in another.
+   place does not hide a wrong name in another. Values of the pure core, whose types are
+   plain, are judged and read here already.
 4. pydantic checks types and ranges, and builds the dataclasses of `settings` directly.
 
 All faults found in 2 to 4 are reported together. No fault ever quotes a value that could
@@ -19,29 +20,34 @@ be a secret: not the URL of an upstream, not its key, not the file's own text.
 
 import dataclasses
 import difflib
+import ipaddress
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+from urllib.parse import urlsplit
 
-import yaml
-from pydantic import (
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from lora_proxy.draft import Draft, Key, dotted, parse
 from lora_proxy.settings import (
+    VALUES,
+    HealthSettings,
     Limits,
+    QueueSettings,
+    RetrySettings,
+    RoutingSettings,
     Settings,
     Timeouts,
     TlsSettings,
     UpstreamSettings,
     host_port,
 )
-from lora_proxy.types import Adapter
+from lora_proxy.types import Adapter, Route
 
 PREFIX = "LORA_PROXY_"
 CONFIG_VARIABLE = "LORA_PROXY_CONFIG"
@@ -91,22 +97,55 @@ def load(path: Path | None, *, environ: Mapping[str, str], flags: Flags = Flags(
     """
     if path is None and environ.get(CONFIG_VARIABLE):
         path = Path(environ[CONFIG_VARIABLE])
-    draft = _Draft()
+    draft = Draft()
     if path is not None:
         _read_file(draft, path)
     _put_all(draft, environ, flags)
     _judge_keys(draft)
+    _judge_values(draft)
+    _judge_presence(draft)
     _judge_upstreams(draft)
-    _judge_adapters(draft)
+    _judge_names(draft)
     settings = _build(draft)
     if draft.faults or settings is None:
         raise ConfigError(draft.report())
     return settings
 
 
-# --- the draft: what was said, before any of it is believed -----------------------------
+def upstreams(text: bytes, name: str) -> tuple[UpstreamSettings, ...]:
+    """The upstreams of a file that lists nothing else, judged like those of a configuration.
 
-Key = tuple[str | int, ...]
+    Args:
+        text: A list, in YAML or JSON.
+        name: The file's, for the faults.
+
+    Raises:
+        ConfigError: With every fault found. An empty list is one: it is what a file holds
+            that is just being written.
+    """
+    draft = Draft()
+    if text.lstrip().startswith(b"["):  # JSON may be indented with tabs, and YAML may not
+        text = text.replace(b"\t", b" ")
+    try:
+        entries = parse(draft, text, ("upstreams",), name)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError([_NO_LIST])
+    draft.tree = {"upstreams": entries}
+    _judge_keys(draft)
+    _judge_upstreams(draft)
+    for key, entry in draft.mappings(("upstreams", "*")):
+        if _is_true(entry.get("dns")):
+            draft.fault((*key, "dns"), "is for the configuration; list the addresses here")
+    settings = _build(draft)
+    if draft.faults or settings is None:
+        raise ConfigError(draft.report())
+    return settings.upstreams
+
+
+# --- the keys there are -------------------------------------------------------------------
+
 Assignment = tuple[Key, object, str]  # the key, its value, and what said so
 
 _SECTIONS: dict[Key, type] = {
@@ -114,6 +153,11 @@ _SECTIONS: dict[Key, type] = {
     ("upstreams", "*"): UpstreamSettings,
     ("upstreams", "*", "tls"): TlsSettings,
     ("adapters", "*"): Adapter,
+    ("routes", "*"): Route,
+    ("routing",): RoutingSettings,
+    ("health",): HealthSettings,
+    ("retry",): RetrySettings,
+    ("queue",): QueueSettings,
     ("limits",): Limits,
     ("timeouts",): Timeouts,
 }
@@ -132,163 +176,51 @@ KEYS: frozenset[Key] = frozenset(
 # A variable for one of these holds JSON; for any other key, the bare text.
 _JSON_KEYS = frozenset(
     (
-        "upstreams",
-        "adapters",
         "*",
+        "adapters",
         "aliases",
         "api_keys",
+        "base_aliases",
         "defaults",
-        "overrides",
+        "fallback",
+        "health",
         "limits",
+        "overrides",
+        "queue",
+        "retry",
+        "routes",
+        "routing",
+        "split",
         "timeouts",
         "tls",
+        "upstreams",
     )
 )
-_AFTER_FILE = 1 << 30  # sorts a fault of environment or flags behind those of the file's lines
-
-
-def _dotted(key: Key) -> str:
-    """('adapters', 1, 'name') as adapters[1].name, always on one line."""
-    texts = (part if isinstance(part, int) or part.isprintable() else repr(part) for part in key)
-    return "".join(f"[{t}]" if isinstance(t, int) else f".{t}" for t in texts).removeprefix(".")
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A tree of raw values, where each came from, and what is wrong with them."""
-
-    tree: dict[Any, Any] = dataclasses.field(default_factory=dict)
-    origins: dict[Key, tuple[int, str]] = dataclasses.field(default_factory=dict)
-    faults: list[tuple[int, str]] = dataclasses.field(default_factory=list)
-
-    def fault(self, key: Key, text: str) -> None:
-        """Notes one fault, with the origin of the key or of what it stands in."""
-        known = (self.origins.get(key[:length]) for length in range(len(key), 0, -1))
-        rank, where = next(filter(None, known), (_AFTER_FILE, ""))
-        line = f"{_dotted(key)}: {text}"
-        self.faults.append((rank, f"{line} ({where})" if where else line))
-
-    def report(self) -> list[str]:
-        """The faults, those of the file first and in its order, none twice."""
-        ordered = sorted(self.faults, key=lambda fault: fault[0])
-        return list(dict.fromkeys(text for _, text in ordered))
-
-    def put(self, key: Key, value: object, where: str) -> None:
-        """Sets one value over what is there, and makes the list or mapping it stands in."""
-        node: Any = self.tree
-        for depth, part in enumerate(key):
-            if isinstance(node, list) and isinstance(part, int):
-                if part > len(node):
-                    text = f"there are {len(node)} entries; number them from 0 without gaps"
-                    self.faults.append((_AFTER_FILE, f"{_dotted(key[:depth])}: {text} ({where})"))
-                    return
-                node.extend([None] * (part == len(node)))
-            elif isinstance(node, dict):
-                cast("dict[object, object]", node).setdefault(part, None)
-            else:
-                return  # the file has something else here, which the type check refuses
-            if depth == len(key) - 1:
-                node[part] = value
-            elif node[part] is None:
-                node[part] = [] if isinstance(key[depth + 1], int) else {}
-            node = node[part]
-        kept = {k: v for k, v in self.origins.items() if k[: len(key)] != key}
-        self.origins = {**kept, key: (_AFTER_FILE, where)}
-
-    def mappings(self, section: Key) -> list[tuple[Key, dict[Any, Any]]]:
-        """The mappings at a section's place; what is no mapping is left to the type check."""
-        found: list[tuple[Key, Any]] = [((), self.tree)]
-        for part in section:
-            found = [
-                ((*key, step), child)
-                for key, node in found
-                for step, child in _children(node, part)
-            ]
-        return [(key, node) for key, node in found if isinstance(node, dict)]
-
-
-def _children(node: object, part: str | int) -> list[tuple[str | int, Any]]:
-    """What stands in a node under one part of a section's key."""
-    if part == "*":
-        return list(enumerate(node)) if isinstance(node, list) else []
-    return [(part, node[part])] if isinstance(node, dict) and part in node else []
 
 
 # --- 1. the file ------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with JSON's numbers: PyYAML alone reads `1e-2`, without a dot, as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"-?[0-9]+[eE][-+]?[0-9]{1,3}\Z"),
-    list("-0123456789"),
-)
-
-
-def _read_file(draft: _Draft, path: Path) -> None:
+def _read_file(draft: Draft, path: Path) -> None:
     """Fills the draft from a YAML file.
 
     Raises:
         ConfigError: There is nothing to judge: no file, no YAML, or no mapping.
     """
     try:
-        loader = _Loader(path.read_bytes())
-        try:
-            node = loader.get_single_node()
-            if node is None:  # an empty file, or comments only
-                return
-            if not isinstance(node, yaml.MappingNode):
-                raise ConfigError([f"{path}: must be a mapping of keys to values"])
-            _note_lines(draft, node, (), path.name, set())
-            draft.tree = loader.construct_document(node)
-        finally:
-            loader.dispose()
+        text = path.read_bytes()
     except OSError as error:
         fault = f"{path}: cannot be read: {error.strerror}; give the file with --config"
         raise ConfigError([fault]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: {_yaml_fault(error)}"]) from None
-    except (RecursionError, ValueError):  # nested too deep; 2001-99-99 is no date
-        raise ConfigError([f"{path}: holds values that YAML cannot build"]) from None
-
-
-def _note_lines(draft: _Draft, node: yaml.Node, key: Key, file: str, seen: set[int]) -> None:
-    """Remembers each key's line, and refuses a key given twice (PyYAML takes the last)."""
-    if id(node) in seen:  # an alias, perhaps one to what it stands in
+    try:
+        tree = parse(draft, text, (), path.name)
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}"]) from None
+    if tree is None:  # an empty file, or comments only
         return
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            line = item.start_mark.line + 1
-            draft.origins[*key, index] = (line, f"{file}, line {line}")
-            _note_lines(draft, item, (*key, index), file, seen)
-    elif isinstance(node, yaml.MappingNode):
-        first: dict[str | int, int] = {}
-        for name, value in node.value:
-            line = name.start_mark.line + 1
-            inner = (*key, str(name.value))
-            draft.origins[inner] = (line, f"{file}, line {line}")
-            if inner[-1] in first:
-                draft.fault(inner, f"already given in line {first[inner[-1]]}; keep one")
-            first.setdefault(inner[-1], line)
-            _note_lines(draft, value, inner, file, seen)
-
-
-def _yaml_fault(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without the file's text: it may be a secret."""
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return "holds bytes that are not YAML text; save it as UTF-8"
-    mark = error.problem_mark
-    # What PyYAML quotes are single characters and <token names>, or names from the file.
-    problem = re.sub(r"""(['"])(.*?)\1""", _unquoted, error.problem or "not valid YAML")
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}; correct the YAML there"
-
-
-def _unquoted(quoted: re.Match[str]) -> str:
-    return quoted[0] if len(quoted[2]) <= 2 or quoted[2].startswith("<") else "(a name)"
+    if not isinstance(tree, dict):
+        raise ConfigError([f"{path}: must be a mapping of keys to values"])
+    draft.tree = tree
 
 
 # --- 2. environment and flags -------------------------------------------------------------
@@ -323,7 +255,7 @@ def _key_of(variable: str) -> Key | None:
     return key if known and variable.isupper() else None
 
 
-def _environment(draft: _Draft, environ: Mapping[str, str]) -> list[Assignment]:
+def _environment(draft: Draft, environ: Mapping[str, str]) -> list[Assignment]:
     """What the variables say, whole lists before single entries. Empty ones say nothing."""
     found: list[Assignment] = []
     for name, text in environ.items():
@@ -333,21 +265,21 @@ def _environment(draft: _Draft, environ: Mapping[str, str]) -> list[Assignment]:
         if key is None:
             known = [_variable(key).replace("*", "0") for key in KEYS]
             hint = _nearest(name, known) or "the name is LORA_PROXY_ and the key in upper case"
-            draft.faults.append((_AFTER_FILE, f"{name}: unknown variable; {hint}"))
+            draft.fault_elsewhere(f"{name}: unknown variable; {hint}")
             continue
         value: object = text
         if isinstance(key[-1], int) or key[-1] in _JSON_KEYS:
             try:
                 value = json.loads(text)
             except ValueError:
-                hint = f"must hold JSON for {_dotted(key)}, and this is none"
-                draft.faults.append((_AFTER_FILE, f"{name}: {hint}"))
+                hint = f"must hold JSON for {dotted(key)}, and this is none"
+                draft.fault_elsewhere(f"{name}: {hint}")
                 continue
         found.append((key, value, name))
     return sorted(found, key=lambda assignment: assignment[0])
 
 
-def _command_line(draft: _Draft, flags: Flags) -> list[Assignment]:
+def _command_line(draft: Draft, flags: Flags) -> list[Assignment]:
     """What the flags say."""
     found: list[Assignment] = [
         ((name,), value, "--" + name.replace("_", "-"))
@@ -372,13 +304,13 @@ def _command_line(draft: _Draft, flags: Flags) -> list[Assignment]:
     for index, text in enumerate(flags.adapters):
         name, equals, path = text.partition("=")
         if not equals:
-            draft.faults.append((_AFTER_FILE, f"--adapter: {text!r} is not NAME=PATH"))
+            draft.fault_elsewhere(f"--adapter: {text!r} is not NAME=PATH")
         entry = {"name": name, "path": path if equals else "/"}
         found.append((("adapters", index), entry, "--adapter"))
     return found
 
 
-def _put_all(draft: _Draft, environ: Mapping[str, str], flags: Flags) -> None:
+def _put_all(draft: Draft, environ: Mapping[str, str], flags: Flags) -> None:
     """Puts environment and flags over the file.
 
     A variable for one entry of a list (`LORA_PROXY_UPSTREAMS__0__API_KEY`) counts whoever
@@ -406,8 +338,12 @@ _PATH_RULE = (
     "for a relative path in its own working directory"
 )
 _NO_UPSTREAM = (
-    "name at least one vLLM server, as in `- url: http://127.0.0.1:8000`, or give --upstream URL"
+    "name at least one vLLM server, as in `- url: http://127.0.0.1:8000`, or give --upstream URL "
+    "or an upstreams_file"
 )
+_NO_LIST = "must be a list of at least one upstream, as in `- url: http://127.0.0.1:8000`"
+# What takes the place of a wrong value, so that it is a fault once; None for all others.
+_UNTOLD: Mapping[str, object] = {"split": {}, "fallback": (), "sample": 0.0}
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -416,7 +352,7 @@ def _nearest(word: str, known: Iterable[str]) -> str | None:
     return f"did you mean {close[0]}?" if close else None
 
 
-def _judge_keys(draft: _Draft) -> None:
+def _judge_keys(draft: Draft) -> None:
     """Refuses unknown keys. A key without a value (`limits:`) counts as not given."""
     for section in _SECTIONS:
         known = _keys_of(section)
@@ -429,10 +365,33 @@ def _judge_keys(draft: _Draft) -> None:
                     del mapping[name]
 
 
-def _judge_upstreams(draft: _Draft) -> None:
-    """Asks for one at least, names the nameless, and refuses one server or one name twice."""
-    if not draft.tree.setdefault("upstreams", []):
+def _judge_values(draft: Draft) -> None:
+    """Judges the fields whose own types say too little, and puts what was read in place."""
+    for section, kind in _SECTIONS.items():
+        for key, entry in draft.mappings(section):
+            for name in [name for name in entry if (kind, name) in VALUES]:
+                try:
+                    entry[name] = VALUES[kind, name].validate_python(entry[name])
+                except ValidationError as error:
+                    _fault_all(draft, (*key, name), error)
+                    entry[name] = _UNTOLD.get(name)
+
+
+def _judge_presence(draft: Draft) -> None:
+    """Asks for one upstream at least that may get requests; those of a file may be it."""
+    upstreams = draft.tree.setdefault("upstreams", [])
+    if "upstreams_file" in draft.tree:
+        return
+    if not upstreams:
         draft.fault(("upstreams",), _NO_UPSTREAM)
+    entries = draft.mappings(("upstreams", "*"))
+    if entries and all(_is_true(entry.get("drain")) for _, entry in entries):
+        text = "every one has drain: true, so that nothing would be answered; let one work"
+        draft.fault(("upstreams",), text)
+
+
+def _judge_upstreams(draft: Draft) -> None:
+    """Names the nameless, and refuses one server or one name twice."""
     places: dict[str, Key] = {}
     names: dict[str, Key] = {}
     for key, entry in draft.mappings(("upstreams", "*")):
@@ -444,11 +403,13 @@ def _judge_upstreams(draft: _Draft) -> None:
         name = entry.setdefault("name", place or "unnamed")
         if "tls" in entry and isinstance(url, str) and url.startswith("http://"):
             draft.fault((*key, "tls"), "means nothing for an http:// url; write https://")
+        if place and _is_true(entry.get("dns")) and _is_address(str(url)):
+            draft.fault((*key, "dns"), "means nothing for an address; give url a host name")
         if place in places:
-            first = _dotted(places[place])
+            first = dotted(places[place])
             draft.fault((*key, "url"), f"the same server as {first}; keep one of them")
         elif isinstance(name, str) and name in names and (given or place):
-            first = _dotted(names[name])
+            first = dotted(names[name])
             draft.fault((*key, "name"), f"already the name of {first}; choose another")
         if place:
             places.setdefault(place, key)
@@ -456,9 +417,61 @@ def _judge_upstreams(draft: _Draft) -> None:
             names.setdefault(name, key)
 
 
-def _judge_adapters(draft: _Draft) -> None:
-    """Refuses bad names, one public name for two things, and paths and fields of no use."""
+def _is_address(url: str) -> bool:
+    try:
+        ipaddress.ip_address(urlsplit(url).hostname or "")
+    except ValueError:
+        return False
+    return True
+
+
+def _judge_names(draft: Draft) -> None:
+    """Refuses a public name for two things, and names that lead nowhere."""
     taken = _base_models(draft)
+    _judge_base_names(draft, frozenset(taken))
+    _judge_adapters(draft, taken)
+    _judge_routes(draft, taken)
+    _judge_default_model(draft, taken)
+
+
+def _judge_base_names(draft: Draft, bases: AbstractSet[str]) -> None:
+    """Refuses one name for two base models, and base models that no upstream serves."""
+    owners = {base: base for base in bases}
+    aliases = _base_aliases(draft)
+    for key, base, name in aliases:
+        owner = owners.setdefault(name, base)
+        if owner != base:
+            draft.fault(key, f"{name!r} is already a name of base model {owner!r}; keep one")
+    if not _bases_are_known(draft):
+        return
+    for key, base, _ in aliases:
+        _judge_base(draft, bases, key[:2], base)
+    for key, entry in draft.mappings(("adapters", "*")):
+        _judge_base(draft, owners.keys(), (*key, "base"), entry.get("base"))
+
+
+def _judge_base(draft: Draft, known: AbstractSet[str], key: Key, name: str | None) -> None:
+    if name is not None and name not in known:
+        hint = _nearest(name, known) or "give the base_model of an upstream"
+        draft.fault(key, f"no upstream has this base_model; {hint}")
+
+
+def _base_aliases(draft: Draft) -> list[tuple[Key, str, str]]:
+    """Each name of `base_aliases`: its place, the base model, and the name; that itself, too."""
+    found: list[tuple[Key, str, str]] = []
+    for key, table in draft.mappings(("base_aliases",)):
+        for base, names in table.items():
+            if not isinstance(base, str):
+                continue  # the type check says so
+            found.append(((*key, base), base, base))
+            listed = names if isinstance(names, list) else [names]
+            places = [((*key, base, index), name) for index, name in enumerate(listed)]
+            found += [(place, base, name) for place, name in places if isinstance(name, str)]
+    return found
+
+
+def _judge_adapters(draft: Draft, taken: dict[str, str]) -> None:
+    """Refuses bad names, one public name for two things, and paths and fields of no use."""
     adapters = draft.mappings(("adapters", "*"))
     for key, entry in adapters:  # all names before all aliases: of a clash the alias is at fault
         _judge_name(draft, taken, (*key, "name"), entry.get("name"))
@@ -472,17 +485,57 @@ def _judge_adapters(draft: _Draft) -> None:
         for field in ("defaults", "overrides"):
             if isinstance(entry.get(field), dict):
                 entry[field] = _json_fields(draft, (*key, field), entry[field])
-    _judge_default_model(draft, taken)
 
 
-def _judge_name(draft: _Draft, taken: dict[str, str], key: Key, name: object) -> None:
+def _judge_routes(draft: Draft, taken: dict[str, str]) -> None:
+    """Refuses routes with a name that is taken, that lead nowhere, or to each other."""
+    targets = frozenset(taken)
+    routes = draft.mappings(("routes", "*"))
+    for key, entry in routes:
+        _judge_alias(draft, taken, (*key, "name"), entry.get("name"))
+    names = {entry["name"] for _, entry in routes if isinstance(entry.get("name"), str)}
+    known = _bases_are_known(draft)
+    for key, entry in routes:
+        for place, target in _targets(key, entry):
+            if target in targets:
+                continue
+            if target in names:
+                draft.fault(place, "is a route; name an adapter, an alias or a base model")
+            elif known:
+                hint = _nearest(target, targets) or "name an adapter, an alias or a base_model"
+                draft.fault(place, f"no adapter, alias or base model has this name; {hint}")
+        _judge_mirror(draft, key, entry)
+    for _, entry in routes:  # last, as with YAML's anchors two may be one
+        if isinstance(entry.get("split"), dict):
+            entry["split"] = tuple(entry["split"].items())
+
+
+def _targets(key: Key, route: Mapping[str, Any]) -> list[tuple[Key, str]]:
+    """The names that a route leads to, each with its place."""
+    found: list[tuple[Key, str]] = [((*key, "split", to), to) for to in route.get("split", ())]
+    fallback = enumerate(route.get("fallback", ()))
+    found += [((*key, "fallback", index), name) for index, name in fallback]
+    if route.get("mirror") is not None:
+        found.append(((*key, "mirror"), route["mirror"]))
+    return found
+
+
+def _judge_mirror(draft: Draft, key: Key, route: Mapping[str, Any]) -> None:
+    """Refuses a mirror that gets nothing, and a sample that goes nowhere."""
+    if "mirror" not in route and route.get("sample"):
+        draft.fault((*key, "sample"), "means nothing without mirror; name what gets the copies")
+    if "mirror" in route and "sample" not in route:
+        draft.fault((*key, "mirror"), "gets nothing without sample; give one, as in sample: 0.05")
+
+
+def _judge_name(draft: Draft, taken: dict[str, str], key: Key, name: object) -> None:
     if isinstance(name, str) and _NAME.fullmatch(name) is None:
         draft.fault(key, _NAME_RULE)
     elif isinstance(name, str):
         _claim(draft, taken, key, name)
 
 
-def _judge_alias(draft: _Draft, taken: dict[str, str], key: Key, alias: object) -> None:
+def _judge_alias(draft: Draft, taken: dict[str, str], key: Key, alias: object) -> None:
     if isinstance(alias, str) and not (alias.isprintable() and 1 <= len(alias) <= 200):
         draft.fault(key, "must be 1 to 200 printable characters")
     elif isinstance(alias, str):
@@ -495,24 +548,24 @@ def _is_path(path: str) -> bool:
     return path.startswith("/") or _REPOSITORY.fullmatch(path) is not None
 
 
-def _base_models(draft: _Draft) -> dict[str, str]:
+def _base_models(draft: Draft) -> dict[str, str]:
     """The declared base models' names; replicas may share one."""
     bases = [(entry.get("base_model"), key) for key, entry in draft.mappings(("upstreams", "*"))]
     return {
-        base: f"the base model of {_dotted(key)}"
+        base: f"the base model of {dotted(key)}"
         for base, key in reversed(bases)
         if isinstance(base, str)
     }
 
 
-def _claim(draft: _Draft, taken: dict[str, str], key: Key, name: str) -> None:
+def _claim(draft: Draft, taken: dict[str, str], key: Key, name: str) -> None:
     if name in taken:
         draft.fault(key, f"'{name}' is already {taken[name]}; choose another name")
     else:
-        taken[name] = _dotted(key)
+        taken[name] = dotted(key)
 
 
-def _json_fields(draft: _Draft, key: Key, fields: dict[Any, Any]) -> dict[str, object]:
+def _json_fields(draft: Draft, key: Key, fields: dict[Any, Any]) -> dict[str, object]:
     """Request fields as JSON has them: {50256: -100} gets a text key, a date is refused."""
     for name in ("model", "stream"):
         if name in fields:
@@ -524,23 +577,33 @@ def _json_fields(draft: _Draft, key: Key, fields: dict[Any, Any]) -> dict[str, o
         return {}
 
 
-def _judge_default_model(draft: _Draft, taken: Mapping[str, str]) -> None:
-    """Refuses a name that nothing answers to, once every base model's name is known."""
+def _judge_default_model(draft: Draft, taken: Mapping[str, str]) -> None:
+    """Refuses a name that nothing answers to."""
     default = draft.tree.get("default_model")
-    upstreams = draft.mappings(("upstreams", "*"))
-    declared = all(isinstance(entry.get("base_model"), str) for _, entry in upstreams)
-    if isinstance(default, str) and declared and default not in taken:
-        hint = _nearest(default, taken) or "name an adapter, an alias or a base_model"
-        draft.fault(("default_model",), f"no adapter, alias or base model has this name; {hint}")
+    if isinstance(default, str) and default not in taken and _bases_are_known(draft):
+        hint = _nearest(default, taken) or "name an adapter, an alias, a route or a base_model"
+        text = f"no adapter, alias, route or base model has this name; {hint}"
+        draft.fault(("default_model",), text)
+
+
+def _bases_are_known(draft: Draft) -> bool:
+    """Whether every base model that there can be is declared: a name may not be one else."""
+    entries = [entry for _, entry in draft.mappings(("upstreams", "*"))]
+    return "upstreams_file" not in draft.tree and all(
+        isinstance(entry.get("base_model"), str) and not _is_true(entry.get("dns"))
+        for entry in entries
+    )
 
 
 # --- 4. types and ranges --------------------------------------------------------------------
 
 _SETTINGS = TypeAdapter(Settings)
+_BOOLEAN = TypeAdapter(bool)
 _MAPPING = "must be a mapping of keys to values"
 _WORDS = {
     "missing": "is required; add it",
     "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
     "string_pattern_mismatch": "must be 1 to 100 letters, digits and . _ - : [ ]",
     "string_type": "must be text; put the value in quotes",
     "tuple_type": "must be a list",
@@ -550,14 +613,29 @@ _WORDS = {
 }
 
 
-def _build(draft: _Draft) -> Settings | None:
+def _build(draft: Draft) -> Settings | None:
     """The settings, or None and the reasons in the draft."""
     try:
         return _SETTINGS.validate_python(draft.tree)
     except ValidationError as error:
-        for fault in error.errors(include_url=False, include_input=False):
-            draft.fault(fault["loc"], _words(fault))
+        _fault_all(draft, (), error)
         return None
+
+
+def _fault_all(draft: Draft, key: Key, error: ValidationError) -> None:
+    """Notes pydantic's findings about what stands at a key."""
+    for fault in error.errors(include_url=False, include_input=False):
+        # '[key]' is how pydantic says that a mapping's key is meant, not its value.
+        place = tuple(part for part in fault["loc"] if part != "[key]")
+        draft.fault((*key, *place), _words(fault))
+
+
+def _is_true(value: object) -> bool:
+    """What a value will be read as; one that is no boolean is left to the type check."""
+    try:
+        return _BOOLEAN.validate_python(value)
+    except ValidationError:
+        return False
 
 
 def _words(fault: ErrorDetails) -> str:

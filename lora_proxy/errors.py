@@ -54,6 +54,9 @@ CODES: dict[str, Code] = {
     "adapter_untrained": Code(
         422, "proxy", "Every lora_B is zero: the adapter would change nothing."
     ),
+    "adapter_changed": Code(
+        503, "proxy", "The adapter's files changed while it was being loaded.", replayable=True
+    ),
     "adapter_conflict": Code(
         422, "proxy", "The upstream serves other weights under this served name."
     ),
@@ -71,6 +74,9 @@ CODES: dict[str, Code] = {
     "adapter_capacity": Code(
         503, "upstream", "Every adapter slot of the upstream is in use.", replayable=True
     ),
+    "upstream_busy": Code(503, "upstream", "The upstream is overloaded, or sick.", replayable=True),
+    "queue_full": Code(503, "proxy", "Too many requests wait for an upstream.", replayable=True),
+    "queue_timeout": Code(503, "proxy", "No upstream was free within `queue.timeout`."),
     "no_upstream": Code(503, "upstream", "No upstream is usable at the moment.", replayable=True),
     "upstream_connect": Code(
         502, "upstream", "The upstream could not be connected to.", replayable=True

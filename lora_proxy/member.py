@@ -12,12 +12,14 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from lora_proxy import sources, vllm
+from lora_proxy import vllm
 from lora_proxy.background import Files, Tasks
 from lora_proxy.errors import ProxyError
+from lora_proxy.health import Circuit, Health, Thresholds
+from lora_proxy.loader import Loader
 from lora_proxy.metrics import Metrics
 from lora_proxy.residency import Command, Grant, Load, Refuse, Slots, Ticket, Unload
-from lora_proxy.routing import Health
+from lora_proxy.settings import UpstreamSettings
 from lora_proxy.types import BaseModel, Card, Module
 from lora_proxy.upstream import Pool
 
@@ -28,16 +30,22 @@ BACKOFF_FIRST, BACKOFF_MOST = 0.5, 30.0  # seconds, doubled from try to try, the
 RETRY_UNSEEN = 60.0  # seconds until a refused adapter whose files we cannot watch is tried again
 
 
+_serial = itertools.count(1)
+
+
 class Lease:
     """One request's right to use a resident adapter, or a base model, on one upstream.
+
+    What the request learns of the upstream's health is told here: `answered` or `faulted`,
+    at most one of them before `release`.
 
     Attributes:
         member: Where to send the request.
         model: What to write into the request's `model`.
-        label: The public adapter's or the base model's name, or `metrics.NONE`.
+        label: The public adapter's or the base model's name.
     """
 
-    __slots__ = ("_grant", "_served", "label", "member", "model")
+    __slots__ = ("_grant", "_pending", "_served", "_trial", "label", "member", "model")
 
     def __init__(
         self,
@@ -52,12 +60,27 @@ class Lease:
         self.model = model
         self._served = served
         self._grant = grant
+        self._trial = member.health.begin()
+        self._pending = True
         member.in_flight += 1
         member.active[label] = member.active.get(label, 0) + 1
+
+    def answered(self) -> None:
+        """The upstream has begun a sound answer."""
+        self._pending = False
+        self.member.health.succeeded(self.member.now(), trial=self._trial)
+
+    def faulted(self, error: ProxyError) -> None:
+        """The request failed by the upstream's fault; also after it was `answered`."""
+        trial = self._trial and self._pending
+        self._pending = False
+        self.member.request_failed(error, trial=trial)
 
     def release(self) -> None:
         """Ends the lease. To be called exactly once."""
         member = self.member
+        if self._pending:
+            member.health.cancelled(trial=self._trial)
         member.in_flight -= 1
         member.active[self.label] -= 1
         if self._grant is not None:
@@ -85,12 +108,16 @@ class Shared:
         tasks: Owns the loads and unloads.
         files: Reads adapters' files.
         load_timeout: Seconds that a request waits for its adapter, and that a load may take.
+        thresholds: When an upstream counts as down.
+        warm_up: After a load, one request of one token before the adapter gets traffic.
     """
 
     metrics: Metrics
     tasks: Tasks
     files: Files
     load_timeout: float
+    thresholds: Thresholds
+    warm_up: bool
 
 
 class Member:
@@ -100,42 +127,72 @@ class Member:
         pool: The way to it; gives the name.
         control: Its control API.
         shared: What it has in common with the others.
-        capacity: Adapters that may be resident at once; None is no bound.
-        max_rank: The server's --max-lora-rank, if known.
-        bases: The base models that it is said to serve, until it has been asked.
+        settings: What the operator says of it.
 
     Attributes:
+        settings: As given; replaced by `adjust`.
+        draining: Gets no new requests.
+        place: Tells it from another member of its name, before or after it.
         in_flight: Leases now.
         active: The same by label; a label stays, with 0, once it was used.
-        bases: The base models that it serves, as last reported.
+        bases: The base models that it serves, as last reported, or as declared until then.
+        roots: Where it has them from: folders or repositories.
+        authorization: The field that it wants of every request, if any.
     """
 
-    def __init__(  # noqa: PLR0913  # keywords, each a fact about the server
-        self,
-        pool: Pool,
-        control: vllm.ControlClient,
-        shared: Shared,
-        *,
-        capacity: int | None = None,
-        max_rank: int | None = None,
-        bases: tuple[BaseModel, ...] = (),
+    def __init__(
+        self, pool: Pool, control: vllm.ControlClient, shared: Shared, settings: UpstreamSettings
     ) -> None:
         self.name = pool.name
         self.pool = pool
-        self.slots = Slots(capacity)
-        self.health = Health(up=False)  # until the first probe says otherwise
-        self.bases = bases
+        self.settings = settings
+        self.draining = settings.drain
+        self.slots = Slots(_capacity(settings))
+        self.health = Health(shared.thresholds, up=False)  # until the first probe says otherwise
+        self.bases: tuple[BaseModel, ...] = ()
+        if settings.base_model:
+            self.bases = (BaseModel(settings.base_model),)
+        self.roots: frozenset[str] = frozenset()
+        self.place = f"{pool.name}#{next(_serial)}"
         self.in_flight = 0
         self.active: dict[str, int] = {}
+        self._loader = Loader(pool, control, shared.files, settings, warm_up=shared.warm_up)
+        self.authorization = self._loader.authorization
         self._control = control
         self._shared = shared
-        self._max_rank = max_rank
         self._waiting: dict[Ticket, tuple[asyncio.Future[Grant], Module]] = {}
         self._failures: dict[str, int] = {}  # served name -> failures in a row that may pass
-        # The operator's names (--lora-modules), and the content that they were adopted for:
-        # after the files changed, such a name still has the old weights.
-        self._adopted: dict[str, str] = {}
         self._tickets = itertools.count(1)
+
+    def adjust(self, settings: UpstreamSettings) -> None:
+        """Takes over what can change while it runs: weight, limits, drain."""
+        before, self.settings = self.settings, settings
+        self._loader.settings = settings
+        if settings.drain != before.drain:  # else an operator's word at run time stands
+            self.draining = settings.drain
+        if _capacity(settings) != _capacity(before):  # else what the server told stands
+            self._run(self.slots.resize(_capacity(settings)))
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may get a request now."""
+        return not self.draining and self.health.usable(self.now())
+
+    @property
+    def hopeful(self) -> bool:
+        """Whether it is worth a try although its probes fail: it may just have come back."""
+        health = self.health
+        return not (self.draining or health.up or health.circuit is Circuit.OPEN)
+
+    @property
+    def wait(self) -> float | None:
+        """Seconds until it may be usable again; None where only a probe can tell."""
+        return None if self.draining else self.health.wait(self.now())
+
+    @property
+    def weight(self) -> float:
+        """Its capacity relative to the others', less while it starts slowly."""
+        return self.settings.weight * self.health.share(self.now())
 
     # --- leases ----------------------------------------------------------------------
 
@@ -145,14 +202,28 @@ class Member:
         Raises:
             ProxyError: Why it cannot be had here; `replayable` if elsewhere it might be.
         """
+        grant = await self._granted(module)
+        return Lease(self, module.adapter, grant.module, module.served, grant)
+
+    async def ensure(self, module: Module, *, beside: bool = False) -> None:
+        """Makes the adapter resident without a request for it.
+
+        Args:
+            module: What to load.
+            beside: Its predecessor is resident here, and will be retired.
+
+        Raises:
+            ProxyError: As `lease`.
+        """
+        self.release((await self._granted(module, beside=beside)).ticket)
+
+    async def _granted(self, module: Module, *, beside: bool = False) -> Grant:
         ticket = next(self._tickets)
-        commands = self.slots.acquire(ticket, module.served, self._now())
+        commands = self.slots.acquire(ticket, module.served, self.now(), beside=beside)
         first = commands[0] if commands else None
         if isinstance(first, Grant):  # the usual case: it is resident
-            grant = first
-        else:
-            grant = await self._wait(ticket, module, commands)
-        return Lease(self, module.adapter, grant.module, module.served, grant)
+            return first
+        return await self._wait(ticket, module, commands)
 
     async def _wait(self, ticket: int, module: Module, commands: Sequence[Command]) -> Grant:
         future: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
@@ -181,10 +252,30 @@ class Member:
         log.warning("%s has forgotten %s; it will be loaded again", self.name, served)
         self._run(self.slots.lost(served, generation))
 
+    def hold(self, seconds: float) -> None:
+        """The upstream asked to be left alone for so long."""
+        log.info("%s asks to be left alone for %g s", self.name, seconds)
+        self.health.unavailable_until(self.now(), seconds)
+
     def retire(self, served: str) -> None:
         """Unloads, after its last lease, a served name that gets no new ones."""
         self._failures.pop(served, None)
         self._run(self.slots.retire(served))
+
+    def lacks(self, served: str) -> bool:
+        """Whether it is not resident here, and a load might bring it."""
+        return not self.slots.resident(served) and not self.slots.failure(served, self.now())
+
+    def pin(self, served: str, *, pinned: bool) -> None:
+        """Whether this served name is never to be evicted here."""
+        if pinned:
+            self.slots.pin(served)
+        else:
+            self._run(self.slots.unpin(served))
+
+    def sweep(self, age: int) -> None:
+        """Unloads what nobody has used for so many sweeps."""
+        self._run(self.slots.sweep(age))
 
     def serves(self, base: str) -> bool:
         """Whether this is the name of a base model here."""
@@ -210,25 +301,47 @@ class Member:
         except ProxyError as error:
             self.failed(error)
             return
-        was_up = self.health.up
-        self.health = self.health.ok(self._now())
-        if self.health.up and not was_up:
+        if self.health.probe_ok(self.now()):
             log.info("%s is up", self.name)
         self.bases = tuple(
             BaseModel(card.id, card.max_model_len) for card in cards if card.parent is None
         )
+        self.roots = frozenset(card.root for card in cards if card.parent is None and card.root)
         names = {card.id for card in cards if card.parent is not None}
         listed = {served: name for served, name in self.slots.residents.items() if name in names}
         listed.update((card.id, card.id) for card in cards if is_ours(card))
         self._run(self.slots.reported(listed, marker))
+        if self.slots.capacity is None:
+            await self._learn_capacity()
+
+    async def _learn_capacity(self) -> None:
+        """Takes vLLM's own word where the operator says nothing; it tells once LoRA was used."""
+        try:
+            loras = await self._control.max_loras()
+        except ProxyError as error:  # a server without metrics is none the worse
+            log.debug("%s: max_loras is not known: %s", self.name, error.message)
+            return
+        if loras:
+            log.info("%s computes %d adapters at once, and keeps as many", self.name, loras)
+            self._run(self.slots.resize(loras))
 
     def failed(self, error: ProxyError) -> None:
-        """A probe, or a request's connection, failed."""
-        was_up = self.health.up
-        self.health = self.health.failed(self._now())
-        self._adopted.clear()  # it may have restarted, and read the files anew
-        if was_up and not self.health.up:
+        """A probe failed, or a connection, which says as much."""
+        self._loader.restarted()  # perhaps
+        if self.health.probe_failed():
             log.warning("%s is down: %s", self.name, error.message)
+
+    def request_failed(self, error: ProxyError, *, trial: bool) -> None:
+        """A request failed by this upstream's fault."""
+        if error.code == "upstream_connect":
+            self.failed(error)
+            if not trial:
+                # Whether anybody listens is the probes' to say. An open circuit would keep
+                # requests from a server that has just been started again.
+                return
+        jitter = random.uniform(0.8, 1.2)  # noqa: S311  # so that proxies do not try in step
+        if self.health.failed(self.now(), jitter, trial=trial):
+            log.warning("%s is left alone for a while: %s", self.name, error.message)
 
     # --- commands --------------------------------------------------------------------
 
@@ -259,10 +372,10 @@ class Member:
 
     async def _load(self, module: Module) -> None:
         """One load, from the look whether it is needed to the answer for all who wait."""
-        started = self._now()
+        started = self.now()
         try:
             async with asyncio.timeout(self._shared.load_timeout):
-                name, result = await self._ensure(module)
+                name, result = await self._loader.load(module)
         except TimeoutError:
             self._load_failed(module, self._took_too_long(module))
         except ProxyError as error:
@@ -271,29 +384,12 @@ class Member:
             self._load_failed(module, self._broken_off(module, error))
             raise
         else:
-            taken = self._now() - started
+            taken = self.now() - started
             log.info("%s: %s is resident (%s, %.3f s)", self.name, module.served, result, taken)
             self._shared.metrics.loads(module.adapter, self.name, result).inc()
             self._shared.metrics.load_duration(module.adapter).observe(taken)
             self._failures.pop(module.served, None)
             self._run(self.slots.loaded(module.served, name))
-
-    async def _ensure(self, module: Module) -> tuple[str, str]:
-        """Adopts the adapter if it is there, else inspects its files and loads them.
-
-        Returns:
-            The name under which it is served, and the result for the metric.
-        """
-        name = vllm.adopted(await self._control.models(), module)
-        if name is not None and (
-            name == module.served or self._adopted.setdefault(name, module.served) == module.served
-        ):
-            return name, "adopted"
-        try:
-            await self._shared.files.call(sources.inspect, module.path, self._max_rank)
-        except ProxyError as error:
-            raise ProxyError(error.code, f"adapter '{module.adapter}': {error.message}") from None
-        return await self._control.load(module), "ok"
 
     def _load_failed(self, module: Module, error: ProxyError) -> None:
         if not vllm.permanent(error):
@@ -306,18 +402,18 @@ class Member:
     def _retry_at(self, module: Module, error: ProxyError) -> float | None:
         """When to ask again; None: not before the adapter's content changes.
 
-        1. The server was not there: at once, it may be back.
+        1. The server was not there, or the files changed meanwhile: at once.
         2. A bad adapter: when its files change, which makes another served name. Where
            they cannot be seen, after a while.
         3. Whatever may pass: after a backoff with jitter.
         """
-        now = self._now()
+        now = self.now()
         # 1.
-        if error.code == "upstream_connect":
+        if error.code in {"upstream_connect", "adapter_changed"}:
             return now
         # 2.
         if vllm.permanent(error):
-            return None if module.watched else now + RETRY_UNSEEN
+            return None if module.fingerprint is not None else now + RETRY_UNSEEN
         # 3.
         failures = self._failures[module.served] = self._failures.get(module.served, 0) + 1
         backoff = min(BACKOFF_MOST, BACKOFF_FIRST * 2.0 ** min(failures - 1, 16))
@@ -326,7 +422,7 @@ class Member:
     async def _unload(self, name: str, reason: str) -> None:
         result = reason
         try:
-            await self._control.unload(name)
+            await self._loader.unload(name)
         except ProxyError as error:
             # vLLM's list is not bounded: a name that stayed costs it an entry, no more.
             log.warning("%s: %s not unloaded: %s", self.name, name, error.message)
@@ -350,5 +446,11 @@ class Member:
         )
 
     @staticmethod
-    def _now() -> float:
+    def now() -> float:
+        """The loop's clock, in seconds."""
         return asyncio.get_running_loop().time()
+
+
+def _capacity(settings: UpstreamSettings) -> int | None:
+    """Adapters that may be resident at once; vLLM's own default is its --max-loras."""
+    return settings.max_cpu_loras or settings.max_loras

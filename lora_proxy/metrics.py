@@ -43,6 +43,9 @@ LABELS: Final[dict[str, tuple[str, ...]]] = {
     "lora_proxy_adapter_resident": ("adapter", "upstream"),
     "lora_proxy_upstream_up": ("upstream",),
     "lora_proxy_auth_failures_total": ("reason",),
+    "lora_proxy_queue_depth": (),
+    "lora_proxy_queue_wait_seconds": ("adapter",),
+    "lora_proxy_mirrored_total": ("adapter", "result"),
 }
 """Name -> labels of everything exported besides the process's own figures."""
 
@@ -95,6 +98,15 @@ class Metrics:
         self.unloads = cache(counter("adapter_unloads_total", "Unloads, and why.").labels)
         self.resident = cache(
             gauge("adapter_resident", "1 while the upstream knows the adapter.").labels
+        )
+        self.queue_depth = gauge("queue_depth", "Requests that wait for an upstream.")
+        self.queue_wait = cache(
+            self._histogram(
+                "queue_wait_seconds", "How long requests waited for an upstream.", _LOAD
+            ).labels
+        )
+        self.mirrored = cache(
+            counter("mirrored_total", "Copies of requests: sent, failed or dropped.").labels
         )
         self.auth_failures = cache(
             counter("auth_failures_total", "Requests without a key, or with an unknown one.").labels

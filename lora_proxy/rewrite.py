@@ -100,6 +100,18 @@ def without_template(peeked: Peek) -> Peek:
     return replace(peeked, fields=kept, cut=True)
 
 
+_PREFIX = 1024  # bytes of a conversation's beginning: its system prompt, or what stands there
+
+
+def prefix(peeked: Peek) -> bytes:
+    """Return how the conversation begins, for whoever wants like ones in one place."""
+    for name in ("messages", "prompt", "input"):
+        value = peeked.fields.get(name)
+        if value is not None:
+            return bytes(memoryview(value)[:_PREFIX])
+    return b""
+
+
 def unnamed(peeked: Peek, body: bytes) -> bytes:
     """Return the body that goes upstream where no model is to be put in."""
     return _encode(peeked.fields) if peeked.cut else body

@@ -25,6 +25,11 @@ class Adapter:
         defaults: Top-level request fields filled in where the client is silent.
         overrides: Top-level request fields set whatever the client says.
         hidden: Not listed by `GET /v1/models`; reachable all the same.
+        base: The base model that it belongs to, or one of that model's `base_aliases`; None
+            for what adapter_config.json says.
+        pin: Never evicted, and loaded ahead on every upstream that it fits.
+        replicas: Loaded ahead on so many upstreams; None is all of them for what is pinned,
+            and none for anything else.
     """
 
     name: str
@@ -33,6 +38,35 @@ class Adapter:
     aliases: tuple[str, ...] = ()
     defaults: Mapping[str, object] = field(default_factory=lambda: EMPTY, hash=False)
     overrides: Mapping[str, object] = field(default_factory=lambda: EMPTY, hash=False)
+    hidden: bool = False
+    base: str | None = None
+    pin: bool = False
+    replicas: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A public name that leads to one of several adapters or base models.
+
+    Attributes:
+        name: The public name.
+        split: Where it leads, with weights above 0: names of adapters, aliases and base
+            models, never of routes. At least one; the order decides which keys move when
+            weights do.
+        sticky: What keeps its target from one request to the next: "user" for the request's
+            field of that name, else a header's name in lower case; None for nothing.
+        fallback: Tried in this order where the target is unavailable.
+        mirror: Gets a copy of a sample of the requests; its answers are dropped.
+        sample: The share of requests that are mirrored, from 0 to 1.
+        hidden: Not listed by `GET /v1/models`; reachable all the same.
+    """
+
+    name: str
+    split: tuple[tuple[str, float], ...]
+    sticky: str | None = None
+    fallback: tuple[str, ...] = ()
+    mirror: str | None = None
+    sample: float = 0.0
     hidden: bool = False
 
 
@@ -57,13 +91,16 @@ class Module:
         adapter: The public adapter this content belongs to.
         served: The served name, `NAME@REV`; never given to other weights.
         path: Sent as `lora_path`, and compared with `root` in `/v1/models`.
-        watched: The proxy can see the files, so that changed content is a new served name.
+        fingerprint: The state of the files that the content was read from; None where the
+            proxy cannot see them, and so would not notice a change.
+        declared: The operator's `revision`, for such a path.
     """
 
     adapter: str
     served: str
     path: str
-    watched: bool = True
+    fingerprint: object = field(default=None, compare=False)
+    declared: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,6 +166,7 @@ class Pool:
         url: `http://HOST:PORT` or `https://…`; nothing behind the authority.
         limits: How long and how much.
         ssl: The TLS settings of an https upstream.
+        server_name: Whose certificate it must show, where that is not the url's host.
     """
 
     def __init__(
@@ -174,16 +175,20 @@ class Pool:
         url: str,
         limits: Limits,
         ssl: tls.SSLContext | None = None,
+        server_name: str | None = None,
     ) -> None:
         parts = urlsplit(url)
         self.name = name
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.authority = parts.netloc.encode("ascii")
+        if server_name is not None:
+            self.authority = f"{server_name}:{self.port}".encode("ascii")
         self.limits = limits
         self.idle: dict[Connection, None] = {}
         self.connections: set[Connection] = set()
         self._ssl = (ssl or tls.create_default_context()) if parts.scheme == "https" else None
+        self._server_name = server_name if parts.scheme == "https" else None
         self._closed = False
 
     def take_idle(self) -> Connection | None:
@@ -209,7 +214,11 @@ class Pool:
         try:
             async with asyncio.timeout(self.limits.connect):
                 transport, connection = await loop.create_connection(
-                    lambda: Connection(self), self.host, self.port, ssl=self._ssl
+                    lambda: Connection(self),
+                    self.host,
+                    self.port,
+                    ssl=self._ssl,
+                    server_hostname=self._server_name,
                 )
         except TimeoutError:
             raise self._unreachable(f"no connection within {self.limits.connect:g} s") from None

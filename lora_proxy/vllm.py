@@ -24,6 +24,10 @@ _MAX_ANSWER = 16 << 20  # some 30,000 cards
 _MAX_TEXT = 400
 _UNAVAILABLE = frozenset({502, 503, 504})
 
+_MAX_LORA = re.compile(
+    rb'^vllm:lora_requests_info\{[^}\n]*max_lora="([1-9][0-9]{0,5})"', re.MULTILINE
+)
+
 _PERMANENT = frozenset(
     {
         "adapter_not_found",
@@ -105,6 +109,7 @@ class ControlClient:
         timeout: Seconds for one call, connecting included.
         load_timeout: The same for a load, which reads gigabytes; `timeout` if not given.
         ssl: As aiohttp takes it: True verifies by the system's certificates.
+        server_name: Whose certificate it must show, where that is not the url's host.
     """
 
     def __init__(  # noqa: PLR0913 - keywords, each a setting of its own
@@ -116,6 +121,7 @@ class ControlClient:
         timeout: float,
         load_timeout: float | None = None,
         ssl: SSLContext | bool = True,
+        server_name: str | None = None,
     ) -> None:
         self._session = session
         self._url = url.rstrip("/")
@@ -124,6 +130,7 @@ class ControlClient:
         self._timeout = timeout
         self._load_timeout = timeout if load_timeout is None else load_timeout
         self._ssl = ssl
+        self._server_name = server_name
 
     async def healthy(self) -> None:
         """Ask whether the server and its engine live.
@@ -153,6 +160,15 @@ class ControlClient:
                 "the upstream's /v1/models is not a model list; check that its url is a vLLM's",
             ) from None
         return [Card(card.id, card.root, card.parent, card.max_model_len) for card in listed]
+
+    async def max_loras(self) -> int | None:
+        """The server's --max-loras, out of its metrics; None where they do not say.
+
+        vLLM exports it with its first LoRA request, as a label of `vllm:lora_requests_info`.
+        """
+        status, body = await self._call("GET", "/metrics")
+        found = _MAX_LORA.search(body) if status == HTTPStatus.OK else None
+        return int(found[1]) if found else None
 
     async def load(self, module: Module) -> str:
         """Have the module loaded, or find that it is.
@@ -245,6 +261,7 @@ class ControlClient:
                 headers=self._headers,
                 timeout=aiohttp.ClientTimeout(total=seconds),
                 ssl=self._ssl,
+                server_hostname=self._server_name,
                 allow_redirects=False,  # our key goes nowhere else
             ) as response:
                 return response.status, await _read(response)

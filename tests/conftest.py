@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import proxied as proxies
 import pytest
 import uvloop
@@ -26,6 +27,10 @@ VLLM_PYTHON = Path(
 )
 NEEDS_VLLM = {"models", "real_vllm"}
 REAL_SECONDS = 400
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 FACTORIES: Mapping[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,

@@ -93,7 +93,7 @@ class Proxied:
 
     @property
     def members(self) -> Sequence[Member]:
-        return self.app.fleet.members
+        return tuple(self.app.fleet.members.values())
 
     async def request(self, method: str, path: str, **options: Any) -> Answer:
         async with self.session.request(method, self.url + path, **options) as response:
@@ -186,6 +186,7 @@ async def proxied(
     timeouts: Mapping[str, float] | None = None,
     limits: Mapping[str, int] | None = None,
     probe_interval: float = 3600.0,
+    watch_interval: float = 0.0,
     **settings: Any,
 ) -> AsyncIterator[Proxied]:
     """Runs a proxy, and asserts in the end that it has left nothing behind.
@@ -197,6 +198,7 @@ async def proxied(
         timeouts: Of `config.Timeouts`.
         limits: Of `config.Limits`.
         probe_interval: By default there is only the probe at the start.
+        watch_interval: By default nobody looks at files unasked.
         settings: Of `config.Settings`.
     """
     entries = (
@@ -219,6 +221,7 @@ async def proxied(
             timeouts=Timeouts(**dict(timeouts or {})),
             limits=Limits(**dict(limits or {})),
             probe_interval=probe_interval,
+            watch_interval=watch_interval,
             **settings,
         )
     )
@@ -251,7 +254,7 @@ _running: set[App] = set()
 
 
 async def _assert_nothing_left(app: App) -> None:
-    for member in app.fleet.members:
+    for member in app.fleet.members.values():
         assert not member_holds(member), member.name
         assert not member.pool.connections, f"{member.name} has open connections"
     assert len(app.fleet._shared.tasks) == 0

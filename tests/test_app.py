@@ -126,6 +126,28 @@ async def test_a_signal_ends_it_after_the_requests_under_way(
         assert await running.ended() == EXIT_OK
 
 
+async def test_after_sigterm_it_says_that_it_is_leaving_and_still_serves(
+    fake: FakeVllm, session: aiohttp.ClientSession
+) -> None:
+    async with serving(fake.url, LORA_PROXY_TIMEOUTS__NOTICE="3600") as running:
+        await running.listening()
+
+        async def leaving() -> bool:
+            async with session.get(running.url + "/ready") as response:
+                return response.headers.get("x-lora-proxy-error") == "draining"
+
+        assert not await leaving()
+        running.process.send_signal(signal.SIGTERM)
+        await eventually(leaving)
+        async with session.post(running.url + CHAT, json=chat("sql")) as response:
+            assert response.status == 200
+            assert response.headers["connection"] == "close"
+        async with session.get(running.url + "/health") as response:
+            assert response.status == 200
+        running.process.send_signal(signal.SIGTERM)  # who says it twice is in a hurry
+        assert await running.ended() == EXIT_OK
+
+
 async def test_requests_that_do_not_end_are_cut_off_after_the_drain_time(
     fake: FakeVllm, session: aiohttp.ClientSession
 ) -> None:

@@ -16,11 +16,24 @@ PACKAGE = Path(lora_proxy.__file__).parent
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "types", "errors"}),
-    frozenset({"access", "catalog", "llamafactory", "residency", "rewrite", "routing"}),
+    frozenset(
+        {
+            "access",
+            "admission",
+            "catalog",
+            "health",
+            "llamafactory",
+            "residency",
+            "retries",
+            "rewrite",
+            "routing",
+        }
+    ),
     frozenset(
         {
             "background",
             "body",
+            "draft",
             "connection",
             "metrics",
             "server",
@@ -30,9 +43,11 @@ LAYERS: tuple[frozenset[str], ...] = (
             "vllm",
         }
     ),
-    frozenset({"config", "upstream"}),
+    frozenset({"call", "config", "gate", "upstream", "versions"}),
+    frozenset({"discovery", "loader", "relay"}),
     frozenset({"member"}),
     frozenset({"fleet"}),
+    frozenset({"forward"}),
     frozenset({"admin", "doctor", "lane", "proxy"}),
     frozenset({"app"}),
     frozenset({"cli"}),

@@ -13,7 +13,7 @@ from proxied import ADAPTERS, CHAT, Answer, Proxied, Start, chat, http, parsed, 
 LOOPS = ("asyncio", "uvloop")  # conftest.py runs every async test of this module on both
 
 MESSAGES = "/v1/messages"
-CONTROL_CALLS = ("/health", "/v1/models")  # the only ones that a proxy makes without a load
+CONTROL_CALLS = ("/health", "/v1/models", "/metrics")  # all that a proxy asks without a load
 
 
 async def assert_goes_on(p: Proxied, fake: FakeVllm) -> None:

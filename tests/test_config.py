@@ -9,8 +9,19 @@ from pydantic import SecretStr
 
 from lora_proxy import config
 from lora_proxy.config import ConfigError, Flags
-from lora_proxy.settings import Limits, Listen, Settings, Timeouts, TlsSettings, UpstreamSettings
-from lora_proxy.types import Adapter
+from lora_proxy.settings import (
+    HealthSettings,
+    Limits,
+    Listen,
+    QueueSettings,
+    RetrySettings,
+    RoutingSettings,
+    Settings,
+    Timeouts,
+    TlsSettings,
+    UpstreamSettings,
+)
+from lora_proxy.types import Adapter, Route
 
 SECRET = "hunter2-do-not-print"  # searched for in every fault
 
@@ -53,6 +64,13 @@ def test_the_least_that_is_needed_gives_the_documented_defaults(file: Path) -> N
     assert settings.timeouts == Timeouts(connect=5, read=600, client=30, drain=30, keepalive=4)
     assert (settings.load_timeout, settings.probe_interval) == (60, 5)
     assert (settings.log_level, settings.strict_paths) == ("info", False)
+    assert settings.routing == RoutingSettings("lora-affinity", 1.25, 16)
+    assert settings.health == HealthSettings(3, 1, 5, 60, 2, 10)
+    assert settings.retry == RetrySettings(3, 0.2, replay_started=False)
+    assert settings.queue == QueueSettings(1000, 30)
+    assert (settings.routes, settings.base_aliases, settings.upstreams_file) == ((), {}, None)
+    assert (settings.watch_interval, settings.discovery_interval) == (10, 5)
+    assert (settings.idle_ttl, settings.warm_up, settings.mirror_limit) == (None, False, 8)
 
 
 def test_every_key_arrives(file: Path, tmp_path: Path) -> None:
@@ -69,7 +87,14 @@ def test_every_key_arrives(file: Path, tmp_path: Path) -> None:
             max_cpu_loras: 16
             max_lora_rank: 64
             base_model: tiny
-            tls: {{ca_file: {ca}, verify: true}}
+            weight: 2.5
+            max_loras: 4
+            max_in_flight: 32
+            drain: true
+            dns: true
+            tls: {{ca_file: {ca}, verify: true, server_name: gpu.internal}}
+        upstreams_file: /etc/upstreams.yaml
+        discovery_interval: 2
         adapters:
           - name: org/sql:v1
             path: /adapters/sql
@@ -78,10 +103,30 @@ def test_every_key_arrives(file: Path, tmp_path: Path) -> None:
             defaults: {{temperature: 1e-2, logit_bias: {{50256: -100}}}}
             overrides: {{max_tokens: 5}}
             hidden: true
+            base: org/Tiny
+            pin: true
+            replicas: 2
+        base_aliases: {{tiny: [org/Tiny, /models/tiny], other: Other}}
+        routes:
+          - name: ein Weg
+            split: {{"org/sql:v1": 90, tiny: 0.5}}
+            sticky: X-Session-Id
+            fallback: [tiny, gpt-3.5-turbo]
+            mirror: tiny
+            sample: 0.05
+            hidden: true
         default_model: gpt-3.5-turbo
         strict_paths: true
         load_timeout: 1.5
         probe_interval: 2
+        watch_interval: 0
+        idle_ttl: 600
+        warm_up: true
+        mirror_limit: 1
+        routing: {{policy: prefix-affinity, spill_factor: 2, spill_floor: 0}}
+        health: {{fall: 5, rise: 2, pause: 1, pause_most: 1, trials: 3, ramp: 0}}
+        retry: {{attempts: 1, budget: 0, replay_started: true}}
+        queue: {{length: 0, timeout: 5}}
         limits: {{body: 1000, headers: 2000}}
         timeouts: {{connect: 1, read: 2, client: 3, drain: 0, keepalive: 0}}
         log_level: debug
@@ -97,9 +142,16 @@ def test_every_key_arrives(file: Path, tmp_path: Path) -> None:
                 max_cpu_loras=16,
                 max_lora_rank=64,
                 base_model="tiny",
-                tls=TlsSettings(ca_file=ca, verify=True),
+                weight=2.5,
+                max_loras=4,
+                max_in_flight=32,
+                drain=True,
+                dns=True,
+                tls=TlsSettings(ca_file=ca, verify=True, server_name="gpu.internal"),
             ),
         ),
+        upstreams_file=Path("/etc/upstreams.yaml"),
+        discovery_interval=2,
         adapters=(
             Adapter(
                 name="org/sql:v1",
@@ -109,12 +161,35 @@ def test_every_key_arrives(file: Path, tmp_path: Path) -> None:
                 defaults={"temperature": 0.01, "logit_bias": {"50256": -100}},
                 overrides={"max_tokens": 5},
                 hidden=True,
+                base="org/Tiny",
+                pin=True,
+                replicas=2,
+            ),
+        ),
+        base_aliases={"tiny": ("org/Tiny", "/models/tiny"), "other": ("Other",)},
+        routes=(
+            Route(
+                name="ein Weg",
+                split=(("org/sql:v1", 90), ("tiny", 0.5)),
+                sticky="x-session-id",
+                fallback=("tiny", "gpt-3.5-turbo"),
+                mirror="tiny",
+                sample=0.05,
+                hidden=True,
             ),
         ),
         default_model="gpt-3.5-turbo",
         strict_paths=True,
         load_timeout=1.5,
         probe_interval=2,
+        watch_interval=0,
+        idle_ttl=600,
+        warm_up=True,
+        mirror_limit=1,
+        routing=RoutingSettings(policy="prefix-affinity", spill_factor=2, spill_floor=0),
+        health=HealthSettings(fall=5, rise=2, pause=1, pause_most=1, trials=3, ramp=0),
+        retry=RetrySettings(attempts=1, budget=0, replay_started=True),
+        queue=QueueSettings(length=0, timeout=5),
         limits=Limits(body=1000, headers=2000),
         timeouts=Timeouts(connect=1, read=2, client=3, drain=0, keepalive=0),
         log_level="debug",
@@ -139,6 +214,59 @@ def test_replicas_may_share_a_base_model(file: Path) -> None:
         "default_model: m\n",
     )
     assert settings.default_model == "m"
+
+
+def test_a_file_of_upstreams_is_enough(file: Path) -> None:
+    settings = load(file, "upstreams_file: gpus.yaml\n")
+    assert (settings.upstreams, settings.upstreams_file) == ((), Path("gpus.yaml"))
+
+
+def test_one_fallback_needs_no_brackets(file: Path) -> None:
+    text = ONE + "adapters: [{name: a, path: /a}]\nroutes: [{name: r, split: {a: 1}, fallback: b}]"
+    (route,) = load(file, text).routes
+    assert route == Route("r", (("a", 1),), fallback=("b",))
+
+
+def test_a_split_keeps_the_order_in_which_it_is_written(file: Path) -> None:
+    text = ONE + "routes: [{name: r, split: {z: 1, a: 2, m: 3}}]"
+    (route,) = load(file, text).routes
+    assert route.split == (("z", 1), ("a", 2), ("m", 3))
+
+
+def test_a_mirror_can_be_turned_off(file: Path) -> None:
+    text = ONE + "routes: [{name: r, split: {a: 1}, mirror: b, sample: 0}]"
+    (route,) = load(file, text).routes
+    assert (route.mirror, route.sample) == ("b", 0)
+
+
+def test_a_route_may_be_the_default_model(file: Path) -> None:
+    text = (
+        "upstreams: [{url: http://a:1, base_model: base}]\n"
+        "routes: [{name: r, split: {base: 1}}]\ndefault_model: r\n"
+    )
+    assert load(file, text).default_model == "r"
+
+
+@pytest.mark.parametrize(
+    "upstreams",
+    [
+        "upstreams: [{url: http://a:1, base_model: base}, {url: http://b:1}]",
+        "upstreams: [{url: http://a:1, base_model: base, dns: true}]",
+        "upstreams: [{url: http://a:1, base_model: base}]\nupstreams_file: more.yaml",
+    ],
+)
+def test_an_unknown_name_may_be_a_base_model_while_not_all_are_known(
+    file: Path, upstreams: str
+) -> None:
+    text = f"""
+{upstreams}
+adapters: [{{name: a, path: /a, base: x}}]
+base_aliases: {{x: [org/X]}}
+routes: [{{name: r, split: {{x: 1}}, fallback: x, mirror: x, sample: 1}}]
+default_model: x
+"""
+    settings = load(file, text)
+    assert (settings.default_model, settings.routes[0].mirror) == ("x", "x")
 
 
 def test_an_unknown_default_model_passes_while_a_base_model_is_undeclared(file: Path) -> None:
@@ -205,12 +333,26 @@ def test_the_environment_alone_is_a_configuration() -> None:
             "LORA_PROXY_ADAPTERS": '[{"name": "sql", "path": "/sql"}]',
             "LORA_PROXY_ADAPTERS__0__DEFAULTS": '{"temperature": 0}',
             "LORA_PROXY_STRICT_PATHS": "true",
+            "LORA_PROXY_ADAPTERS__0__REPLICAS": "2",
+            "LORA_PROXY_ROUTES__0": '{"name": "r", "split": {"sql": 1}}',
+            "LORA_PROXY_ROUTES__0__SPLIT": '{"sql": 1, "sql2": 2}',
+            "LORA_PROXY_ROUTES__0__FALLBACK": '"tiny"',
+            "LORA_PROXY_ROUTES__0__MIRROR": "tiny",
+            "LORA_PROXY_ROUTES__0__SAMPLE": "0.5",
+            "LORA_PROXY_BASE_ALIASES": '{"tiny": "org/Tiny"}',
+            "LORA_PROXY_QUEUE": '{"length": 1}',
+            "LORA_PROXY_HEALTH__FALL": "7",
             "LORA_PROXY_DEFAULT_MODEL": "",  # as `${UNSET:-}` in docker-compose
             "HOME": "/root",
         },
     )
     assert [upstream.url for upstream in settings.upstreams] == ["http://a:1", "http://b:2"]
-    assert settings.adapters == (Adapter("sql", "/sql", defaults={"temperature": 0}),)
+    assert settings.adapters == (Adapter("sql", "/sql", defaults={"temperature": 0}, replicas=2),)
+    assert settings.routes == (
+        Route("r", (("sql", 1), ("sql2", 2)), fallback=("tiny",), mirror="tiny", sample=0.5),
+    )
+    assert settings.base_aliases == {"tiny": ("org/Tiny",)}
+    assert (settings.queue.length, settings.health.fall) == (1, 7)
     assert settings.strict_paths
     assert settings.default_model is None
 
@@ -269,11 +411,11 @@ def test_variables_of_others_are_left_alone() -> None:
         ("upstreams: [{name: '', url: http://a:1}]", "upstreams[0].name: must be 1 to 100"),
         ("upstreams: [{name: a b, url: http://a:1}]", "upstreams[0].name: must be 1 to 100"),
         (ONE + "lissten: a:1", "lissten: unknown key; did you mean listen? (lora-proxy.yaml, l"),
-        (ONE + "zzz: 1", "zzz: unknown key; the keys here are listen, upstreams, adapters,"),
+        (ONE + "zzz: 1", "zzz: unknown key; the keys here are listen, upstreams, upstreams_file,"),
         (ONE + "limits: {bdy: 1}", "limits.bdy: unknown key; did you mean body?"),
         (
-            "upstreams: [{url: http://a:1, max_loras: 4}]",
-            "upstreams[0].max_loras: unknown key; did you mean max_cpu_loras?",
+            "upstreams: [{url: http://a:1, max_gpu_loras: 4}]",
+            "upstreams[0].max_gpu_loras: unknown key; did you mean max_cpu_loras?",
         ),
         (
             "upstreams: [{url: https://a:1, tls: {cafile: x}}]",
@@ -336,6 +478,103 @@ def test_variables_of_others_are_left_alone() -> None:
         (
             "upstreams: [{url: https://a:1, tls: {ca_file: /no/such.pem}}]",
             "upstreams[0].tls.ca_file: cannot be used; give the PEM",
+        ),
+        ("upstreams: [{url: http://a:1, weight: 0}]", "upstreams[0].weight: must be greater than"),
+        ("upstreams: [{url: http://a:1, weight: .inf}]", "upstreams[0].weight: must be"),
+        ("upstreams: [{url: http://a:1, max_loras: 0}]", "upstreams[0].max_loras: must be greater"),
+        ("upstreams: [{url: http://a:1, max_in_flight: 0}]", "upstreams[0].max_in_flight: must be"),
+        ("upstreams: [{url: http://a:1, dns: maybe}]", "upstreams[0].dns: must be a valid boolean"),
+        ("upstreams: [{url: http://10.0.0.1:1, dns: yes}]", "upstreams[0].dns: means nothing for"),
+        ('upstreams: [{url: "http://[::1]:1", dns: yes}]', "upstreams[0].dns: means nothing for"),
+        (
+            "upstreams: [{url: http://a:1, drain: true}, {url: http://b:1, drain: true}]",
+            "upstreams: every one has drain: true, so that nothing would be answered; let one",
+        ),
+        ("upstreams_file: ''", "upstreams_file: must be a file's path"),
+        (ONE + "discovery_interval: 0", "discovery_interval: must be greater than 0"),
+        (ONE + "watch_interval: -1", "watch_interval: must be greater than or equal to 0"),
+        (ONE + "idle_ttl: 0", "idle_ttl: must be greater than 0"),
+        (ONE + "mirror_limit: 0", "mirror_limit: must be greater than or equal to 1"),
+        (ONE + "routing: {policy: random}", "routing.policy: must be 'lora-affinity', 'least-lo"),
+        (ONE + "routing: {spill_factor: 0.9}", "routing.spill_factor: must be greater than or eq"),
+        (ONE + "routing: {spill_flor: 1}", "routing.spill_flor: unknown key; did you mean spill_f"),
+        (ONE + "health: {fall: 0}", "health.fall: must be greater than or equal to 1"),
+        (ONE + "health: {pause: 90}", "health: pause_most must not be less than pause"),
+        (ONE + "retry: {attempts: 0}", "retry.attempts: must be greater than or equal to 1"),
+        (ONE + "retry: {budget: 1.1}", "retry.budget: must be less than or equal to 1"),
+        (ONE + "queue: {length: -1}", "queue.length: must be greater than or equal to 0"),
+        (ONE + "queue: {timeout: 0}", "queue.timeout: must be greater than 0"),
+        (ONE + "base_aliases: [a]", "base_aliases: must be a mapping of keys to values"),
+        (ONE + "base_aliases: {a: 7}", "base_aliases.a: must be a list"),
+        (ONE + "base_aliases: {a: ['']}", "base_aliases.a[0]: must not be empty"),
+        (
+            ONE + "base_aliases: {a: [x], b: [y, x]}",
+            "base_aliases.b[1]: 'x' is already a name of base model 'a'; keep one",
+        ),
+        (
+            ONE + "base_aliases: {a: [b], b: [y]}",
+            "base_aliases.b: 'b' is already a name of base model 'a'; keep one",
+        ),
+        (
+            "upstreams: [{url: http://a:1, base_model: base}]\nbase_aliases: {bsae: [x]}",
+            "base_aliases.bsae: no upstream has this base_model; did you mean base?",
+        ),
+        (
+            (
+                "upstreams: [{url: http://a:1, base_model: base}]\n"
+                "adapters: [{name: a, path: /a, base: bsae}]"
+            ),
+            "adapters[0].base: no upstream has this base_model; did you mean base?",
+        ),
+        (ONE + "adapters: [{name: a, path: /a, base: ''}]", "adapters[0].base: must not be empty"),
+        (
+            ONE + "adapters: [{name: a, path: /a, replicas: 0}]",
+            "adapters[0].replicas: must be greater than or equal to 1",
+        ),
+        (
+            ONE + "adapters: [{name: a, path: /a, replicas: yes}]",
+            "adapters[0].replicas: must be a number",
+        ),
+        (ONE + "routes: [{split: {a: 1}}]", "routes[0].name: is required; add it"),
+        (ONE + "routes: [{name: r}]", "routes[0].split: is required; add it"),
+        (ONE + "routes: [{name: '', split: {a: 1}}]", "routes[0].name: must be 1 to 200 printable"),
+        (ONE + "routes: [{name: r, split: {}}]", "routes[0].split: must not be empty"),
+        (
+            ONE + "routes: [{name: r, split: a}]",
+            "routes[0].split: must be a mapping of keys to val",
+        ),
+        (ONE + "routes: [{name: r, split: {a: 0}}]", "routes[0].split.a: must be greater than 0"),
+        (ONE + "routes: [{name: r, split: {a: .nan}}]", "routes[0].split.a: must be"),
+        (ONE + "routes: [{name: r, split: {a: yes}}]", "routes[0].split.a: must be a number"),
+        (ONE + "routes: [{name: r, split: {7: 1}}]", "routes[0].split[7]: must be text; put the"),
+        (
+            ONE + "routes: [{name: r, split: {a: 1}, sticky: 'x session'}]",
+            "routes[0].sticky: must be user, or a header's name such as x-session-id",
+        ),
+        (
+            ONE + "routes: [{name: r, split: {a: 1}, fallback: {b: 1}}]",
+            "routes[0].fallback: must be a list",
+        ),
+        (ONE + "routes: [{name: r, split: {a: 1}, fallback: ['']}]", "routes[0].fallback[0]: must"),
+        (
+            ONE + "routes: [{name: r, split: {a: 1}, mirror: 7, sample: 1}]",
+            "routes[0].mirror: must be text; put the value in quotes",
+        ),
+        (
+            ONE + "routes: [{name: r, split: {a: 1}, mirror: b, sample: 5}]",
+            "routes[0].sample: must be less than or equal to 1",
+        ),
+        (
+            ONE + "routes: [{name: r, split: {a: 1}, mirror: b}]",
+            "routes[0].mirror: gets nothing without sample; give one, as in sample: 0.05",
+        ),
+        (
+            ONE + "routes: [{name: r, split: {a: 1}, sample: 0.1}]",
+            "routes[0].sample: means nothing without mirror; name what gets the copies",
+        ),
+        (
+            "upstreams: [{url: https://a:1, tls: {server_name: https://b}}]",
+            "upstreams[0].tls.server_name: must be the host name that the certificate is for",
         ),
     ],
 )
@@ -441,6 +680,81 @@ def test_a_public_name_is_one_thing_only(file: Path, adapters: str, fault: str) 
     assert found.startswith(fault)
 
 
+@pytest.mark.parametrize(
+    ("name", "owner"),
+    [
+        ("a", "adapters[0].name"),
+        ("x", "adapters[0].aliases[0]"),
+        ("r", "routes[0].name"),
+        ("base", "the base model of upstreams[0]"),
+    ],
+)
+def test_a_route_shares_its_name_with_nothing(file: Path, name: str, owner: str) -> None:
+    text = f"""
+upstreams: [{{url: http://a:1, base_model: base}}]
+adapters: [{{name: a, path: /a, aliases: [x]}}]
+routes: [{{name: r, split: {{a: 1}}}}, {{name: {name}, split: {{a: 1}}}}]
+"""
+    assert faults(file, text) == (
+        (
+            f"routes[1].name: '{name}' is already {owner}; choose another name "
+            "(lora-proxy.yaml, line 4)"
+        ),
+    )
+
+
+def test_every_name_in_a_route_must_lead_somewhere_and_not_to_a_route(file: Path) -> None:
+    text = """
+upstreams: [{url: http://a:1, base_model: base}]
+adapters: [{name: support, path: /a, aliases: [x]}]
+routes:
+  - name: one
+    split:
+      support: 1
+      suport: 1
+    fallback: [base, x, two]
+    mirror: zzzzzz
+    sample: 0.5
+  - {name: two, split: {two: 1}, fallback: bsae}
+"""
+    missing = "no adapter, alias or base model has this name"
+    circular = "is a route; name an adapter, an alias or a base model"
+    assert faults(file, text) == (
+        f"routes[0].split.suport: {missing}; did you mean support? (lora-proxy.yaml, line 8)",
+        f"routes[0].fallback[2]: {circular} (lora-proxy.yaml, line 9)",
+        (
+            f"routes[0].mirror: {missing}; name an adapter, an alias or a base_model "
+            "(lora-proxy.yaml, line 10)"
+        ),
+        f"routes[1].split.two: {circular} (lora-proxy.yaml, line 12)",
+        f"routes[1].fallback[0]: {missing}; did you mean base? (lora-proxy.yaml, line 12)",
+    )
+
+
+def test_one_route_written_twice_by_an_anchor_is_one_fault(file: Path) -> None:
+    text = (
+        "upstreams: [{url: http://a:1, base_model: b}]\nroutes: [&r {name: r, split: {b: 1}}, *r]"
+    )
+    (found,) = faults(file, text)
+    assert found.startswith("routes[1].name: 'r' is already routes[0].name")
+
+
+def test_a_drained_upstream_may_be_one_of_several(file: Path) -> None:
+    text = "upstreams: [{url: http://a:1, drain: true}, {url: http://b:1}]"
+    assert [one.drain for one in load(file, text).upstreams] == [True, False]
+    text = "upstreams: [{url: http://a:1, drain: true}]\nupstreams_file: more.yaml"
+    assert [one.drain for one in load(file, text).upstreams] == [True]
+
+
+def test_an_adapters_base_may_be_another_name_of_one(file: Path) -> None:
+    text = """
+upstreams: [{url: http://a:1, base_model: base}]
+base_aliases: {base: org/Base}
+adapters: [{name: a, path: /a, base: org/Base}, {name: b, path: /b, base: base}]
+"""
+    assert [adapter.base for adapter in load(file, text).adapters] == ["org/Base", "base"]
+
+
 def test_one_server_under_two_names_and_two_servers_under_one(file: Path) -> None:
     text = """
 upstreams:
@@ -468,7 +782,8 @@ def test_a_default_model_that_nothing_answers_to(file: Path) -> None:
     )
     assert faults(file, text) == (
         (
-            "default_model: no adapter, alias or base model has this name; did you mean support? "
+            "default_model: no adapter, alias, route or base model has this name; "
+            "did you mean support? "
             "(lora-proxy.yaml, line 3)"
         ),
     )

@@ -28,6 +28,7 @@ from proxied import CHAT, PATIENCE, Proxied, Start, chat, until
 from pydantic import SecretStr
 
 from lora_proxy.metrics import LABELS
+from lora_proxy.types import Route
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "grafana" / "lora-proxy.json").read_text())
@@ -149,7 +150,8 @@ async def test_every_query_has_an_answer(proxied: Start, tmp_path: Path) -> None
             first,
             second,
             adapters=ADAPTERS,
-            upstream={"max_cpu_loras": 1},
+            upstream={"max_cpu_loras": 1, "max_in_flight": 1},
+            routes=(Route("copied", (("tiny", 1.0),), mirror="sql", sample=1.0),),
             api_keys=(SecretStr("client-key"),),
         ) as proxy,
         prometheus(tmp_path, proxy.url) as server,
@@ -230,6 +232,9 @@ async def traffic(proxy: Proxied, fakes: tuple[FakeVllm, ...]) -> None:
     for model in ("sql", "pirate", "haiku", "tiny"):
         assert (await ask(proxy, model)).status == 200
         assert (await ask(proxy, model, stream=True)).status == 200
+    assert (await ask(proxy, "copied")).status == 200
+    crowd = await asyncio.gather(*(ask(proxy, "sql") for _ in range(6)))
+    assert {answer.status for answer in crowd} == {200}
     assert (await ask(proxy, "broken")).code == "adapter_not_found"
     assert (await ask(proxy, "nobody")).code == "model_not_found"
     assert (await proxy.post(CHAT, chat("sql"))).code == "invalid_api_key"

@@ -188,7 +188,8 @@ def test_compose_starts_a_proxy_that_fits_its_vllm() -> None:
 
 def test_compose_lets_requests_under_way_end() -> None:
     proxy = services()["lora-proxy"]
-    assert float(proxy["stop_grace_period"].rstrip("s")) > Timeouts().drain
+    leaving = Timeouts().notice + Timeouts().drain
+    assert float(proxy["stop_grace_period"].rstrip("s")) > leaving
     assert proxy["depends_on"] == ["vllm"]  # what depends on another is stopped before it
 
 

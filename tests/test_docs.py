@@ -13,8 +13,19 @@ from lora_proxy.cli import build_parser
 from lora_proxy.config import Flags
 from lora_proxy.errors import CODES
 from lora_proxy.metrics import LABELS
-from lora_proxy.settings import Limits, Listen, Settings, Timeouts, TlsSettings, UpstreamSettings
-from lora_proxy.types import Adapter
+from lora_proxy.settings import (
+    HealthSettings,
+    Limits,
+    Listen,
+    QueueSettings,
+    RetrySettings,
+    RoutingSettings,
+    Settings,
+    Timeouts,
+    TlsSettings,
+    UpstreamSettings,
+)
+from lora_proxy.types import Adapter, Route
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,6 +37,11 @@ SECTIONS: dict[str, type] = {
     "upstreams[].": UpstreamSettings,
     "upstreams[].tls.": TlsSettings,
     "adapters[].": Adapter,
+    "routes[].": Route,
+    "routing.": RoutingSettings,
+    "health.": HealthSettings,
+    "retry.": RetrySettings,
+    "queue.": QueueSettings,
     "limits.": Limits,
     "timeouts.": Timeouts,
 }
@@ -82,10 +98,10 @@ def test_the_documented_default_is_the_default(key: str) -> None:
         assert shown == "HOST:PORT of the url"
     elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         assert shown == "required"
-    elif key in {"limits", "timeouts"}:
-        assert shown == "see below"
     elif field.default is None or key == "upstreams[].tls":
         assert shown == "none"
+    elif f"{key}." in SECTIONS:
+        assert shown == "see below"
     else:
         default = (
             field.default_factory()
@@ -166,10 +182,12 @@ def test_every_module_is_in_the_layer_table() -> None:
 
 
 def written_keys(value: object, prefix: str = "") -> set[str]:
-    """The keys in a YAML tree, in the README's form; what adapters' fields hold is not ours."""
+    """The keys in a YAML tree, in the README's form; what mappings of users hold is not ours."""
     if isinstance(value, list):
         return {key for item in value for key in written_keys(item, prefix + "[]")}
-    if not isinstance(value, dict) or prefix.endswith(("defaults", "overrides")):
+    if not isinstance(value, dict) or prefix.endswith(
+        ("base_aliases", "defaults", "overrides", "split")
+    ):
         return set()
     found: set[str] = set()
     for name, inner in value.items():
@@ -188,5 +206,5 @@ def test_what_the_example_calls_a_default_is_one() -> None:
     settings = config.load(EXAMPLE, environ={})
     least = config.load(None, environ={}, flags=Flags(upstreams=("http://a:1",)))
     for name in (field.name for field in dataclasses.fields(Settings)):
-        if name not in {"upstreams", "adapters", "default_model"}:
+        if name not in {"upstreams", "adapters", "default_model", "routes"}:
             assert getattr(settings, name) == getattr(least, name)

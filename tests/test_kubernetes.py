@@ -279,7 +279,8 @@ def test_the_pod_monitor_finds_the_proxies(layout: Layout) -> None:
 def test_requests_under_way_can_end(layout: Layout, settings: Settings) -> None:
     spec, proxy = layout.pod("lora-proxy")["spec"], layout.container("lora-proxy")
     pause = proxy["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert spec["terminationGracePeriodSeconds"] > pause + settings.timeouts.drain
+    leaving = settings.timeouts.notice + settings.timeouts.drain
+    assert spec["terminationGracePeriodSeconds"] > pause + leaving
     vllm = layout.pod("vllm")["spec"]
     patience = int(options(layout.container("vllm")["args"]).get("shutdown-timeout", "0"))
     assert vllm["terminationGracePeriodSeconds"] > patience

@@ -10,11 +10,14 @@ from proxied import CHAT, Start, chat, until
 from pydantic import SecretStr
 
 from lora_proxy import metrics
-from lora_proxy.types import Adapter
+from lora_proxy.types import Adapter, Route
 
 
 async def test_every_metric_is_declared_with_its_labels(fake: FakeVllm, proxied: Start) -> None:
-    async with proxied(fake, upstream={"max_cpu_loras": 1}, api_keys=()) as p:
+    copied = Route("copied", (("tiny", 1.0),), mirror="sql", sample=1.0)
+    limits = {"max_cpu_loras": 1, "max_in_flight": 1}
+    async with proxied(fake, upstream=limits, routes=(copied,)) as p:
+        await asyncio.gather(*(p.ask("copied") for _ in range(3)))
         await p.ask("sql", stream=True)
         await p.ask("pirate")
         fake.restart()
