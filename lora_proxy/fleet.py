@@ -109,6 +109,7 @@ class Fleet:
         self._leaving: set[Member] = set()
         self._exported: set[tuple[str, str]] = set()
         self._swaps: dict[str, asyncio.Task[None]] = {}
+        self._stuck: dict[str, str] = {}  # adapter -> the served name that could not take over
         self._ahead: dict[str, asyncio.Task[None]] = {}
         self._unplaced: set[str] = set()
         self._applying = asyncio.Lock()
@@ -384,10 +385,18 @@ class Fleet:
         results = await asyncio.gather(*loads, return_exceptions=True)
         failures = [result for result in results if isinstance(result, BaseException)]
         if failures and len(failures) == len(holders):
-            log.error("adapter '%s' stays at its old version: %s", adapter.name, failures[0])
+            self._stays(version.module, failures[0])
             return
         self._take(version, present)
         self._load_ahead(adapter)
+
+    def _stays(self, module: Module, why: BaseException) -> None:
+        """Says, once for each content, that it does not take over."""
+        if isinstance(why, ProxyError) and why.code == "adapter_changed":
+            log.info("adapter '%s' is being written; it is looked at again", module.adapter)
+        elif self._stuck.get(module.adapter) != module.served:
+            self._stuck[module.adapter] = module.served
+            log.error("adapter '%s' stays at its old version: %s", module.adapter, why)
 
     # --- pins --------------------------------------------------------------------------------
 
@@ -520,7 +529,7 @@ def _candidate(member: Member, served: str | None) -> Candidate:
         usable=True,
         resident=served is not None and slots.resident(served),
         busy=served is not None and slots.leases(served) > 0,
-        loading=served is not None and slots.loading(served),
+        loading=served is not None and slots.coming(served),
         free=available and slots.free != 0,
         evictable=available,
         load=member.in_flight + slots.waiting,

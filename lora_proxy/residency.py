@@ -388,6 +388,10 @@ class Slots:
         """Whether a load of `served` is under way; queueing for a slot is not loading."""
         return served in self._loading
 
+    def coming(self, served: str) -> bool:
+        """Whether somebody waits for `served`, for its load or for a slot: it will be here."""
+        return served in self._loading or served in self._queue
+
     def leases(self, served: str) -> int:
         """How many leases the present stay of `served` has."""
         resident = self._resident.get(served)

@@ -17,31 +17,33 @@ _SECONDS = re.compile(rb"\d+\Z")
 class Budget:
     """Lets retries be a share of traffic, however much of it fails.
 
-    Every first try earns a part of a retry, and no more than `reserve` are kept. So when all
-    upstreams fail, retries add `share` to the load and not a multiple of it, while a few
-    failures after a quiet time are all retried. There is no clock in it: what could be
-    retried too often is in proportion to what was tried at all.
+    Every first try earns a part of a retry, which is kept, up to what `burst` of them earn:
+    enough for all that was under way on an upstream that dies. So when all upstreams fail,
+    retries add `share` to the load and not a multiple of it, while a few failures after a
+    quiet time are all retried. There is no clock in it: what could be retried too often is
+    in proportion to what was tried at all.
 
     Args:
         share: Retries that a first try earns; 0 for no retries at all.
-        reserve: Retries that are kept for later, and there at the start; at least 1.
+        reserve: Retries that are there at the start, and may always be kept; at least 1.
+        burst: First tries whose earned retries may be kept.
 
     Raises:
         ValueError: If `share` is below 0, or `reserve` below 1.
     """
 
-    __slots__ = ("_reserve", "_share", "_tokens")
+    __slots__ = ("_most", "_share", "_tokens")
 
-    def __init__(self, share: float = 0.2, reserve: float = 10.0) -> None:
+    def __init__(self, share: float = 0.2, reserve: float = 10.0, burst: int = 1000) -> None:
         if share < 0 or reserve < 1:
             raise ValueError(f"no budget has a share of {share} and a reserve of {reserve}")
         self._share = share
-        self._reserve = reserve
+        self._most = max(reserve, share * burst)
         self._tokens = reserve if share else 0.0
 
     def deposit(self) -> None:
         """A request is tried for the first time."""
-        self._tokens = min(self._tokens + self._share, self._reserve)
+        self._tokens = min(self._tokens + self._share, self._most)
 
     def spend(self) -> bool:
         """Whether one more retry may be made; if so, it is counted."""

@@ -22,7 +22,7 @@ class Candidate:
         usable: It may get requests now: its probes, its circuit and its operator agree.
         resident: It holds the adapter.
         busy: It holds the adapter, and is using it right now.
-        loading: A load of the adapter is under way there.
+        loading: A load of the adapter is under way there, or waits for a slot.
         free: It has an empty slot for the adapter.
         evictable: It has a slot that an idle adapter can leave.
         load: Requests in flight there.
@@ -46,7 +46,7 @@ class Tier(IntEnum):
 
     BUSY = 0  # nothing, and the adapter is in a batch already
     RESIDENT = 1  # nothing
-    LOADING = 2  # the rest of a load
+    LOADING = 2  # the rest of a load, or of the wait for one: others wait there already
     FREE = 3  # a load
     EVICTABLE = 4  # a load, and another one when the evicted adapter is next asked for
     FULL = 5  # the end of somebody else's request, then a load

@@ -84,6 +84,18 @@ def test_an_adopted_module_is_granted_and_unloaded_under_its_own_name() -> None:
     assert slots.unloaded("sql") == [Load("chat")]
 
 
+def test_what_is_waited_for_is_coming_whether_it_loads_or_queues() -> None:
+    slots = Slots(1)
+    slots.acquire(1, "a", 0)
+    slots.acquire(2, "b", 0)
+    assert (slots.coming("a"), slots.coming("b"), slots.coming("c")) == (True, True, False)
+    assert (slots.loading("a"), slots.loading("b")) == (True, False)
+    slots.loaded("a")
+    slots.release(2)
+    assert not slots.coming("a")
+    assert not slots.coming("b")
+
+
 def test_two_names_of_one_adopted_module_are_unloaded_once_both_may_go() -> None:
     slots = Slots(2)
     slots.acquire(1, "a", 0)

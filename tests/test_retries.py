@@ -26,11 +26,14 @@ def test_first_tries_earn_retries() -> None:
     assert granted == [False, False, False, True] * 3
 
 
-def test_a_long_quiet_time_saves_no_more_than_the_reserve() -> None:
-    budget = Budget(share=0.5, reserve=2)
+@pytest.mark.parametrize(("burst", "kept"), [(0, 2), (10, 5), (100, 50)])
+def test_a_long_quiet_time_saves_what_a_burst_earns_and_no_less_than_the_reserve(
+    burst: int, kept: int
+) -> None:
+    budget = Budget(share=0.5, reserve=2, burst=burst)
     for _ in range(1000):
         budget.deposit()
-    assert [budget.spend() for _ in range(3)] == [True, True, False]
+    assert [budget.spend() for _ in range(kept + 1)] == [True] * kept + [False]
 
 
 def test_no_share_no_retries() -> None:
