@@ -12,7 +12,7 @@ VLLM_VENV ?= .venv-vllm
 PYTEST_ARGS ?=
 VLLM_PIP_ARGS ?=
 
-PYTHON_FOLDERS := lora_proxy tests demo
+PYTHON_FOLDERS := lora_proxy tests demo bench
 
 digest = $(shell cat $(1) | cksum | cut -d ' ' -f 1)
 
