@@ -418,7 +418,7 @@ async def test_it_falls_silent(fleet: Fleet, proxied: Start) -> None:
     """In all phases at the same time, because silence takes its time."""
 
     async def case(name: str) -> None:
-        times: dict[str, Any] = {"timeouts": {"read": 1.5}, "load_timeout": 1.5}
+        times: dict[str, Any] = {"timeouts": {"read": 4.0}, "load_timeout": 4.0}
         try:
             await assert_ends_well(PHASES[name], "falls silent", fleet, proxied, **times)
         except BaseException as error:

@@ -265,7 +265,8 @@ async def test_a_pinned_adapter_stays_pinned_through_a_swap(
     adapters = [Adapter("sql", str(folder), pin=True), Adapter("pirate", "/adapters/pirate")]
     upstream = {"max_cpu_loras": 2}
     async with proxied(fake, adapters=adapters, upstream=upstream, **WATCHING) as p:
-        await until(lambda: fake.loras)
+        old = named(folder)
+        await until(lambda: p.members[0].slots.resident(old))
         new = changed(folder, 2.0)
         await until(lambda: present(p) == new)
         await fake.until(lambda: fake.lora_names == [new])
@@ -281,8 +282,8 @@ async def test_a_pinned_adapter_keeps_its_only_slot_through_a_swap(
     adapters = [Adapter("sql", str(folder), pin=True), Adapter("pirate", "/adapters/pirate")]
     upstream = {"max_cpu_loras": 1}
     async with proxied(fake, adapters=adapters, upstream=upstream, load_timeout=0.5) as p:
-        await until(lambda: fake.loras)
         old = named(folder)
+        await until(lambda: p.members[0].slots.resident(old))  # its files have been looked at
         queued = asyncio.create_task(p.ask("pirate"))
         await until(lambda: p.members[0].slots.waiting == 1)
         new = changed(folder, 2.0)
